@@ -1,0 +1,236 @@
+"""The benchmark at the end of every run: the same fresh episodes for every contestant, paired differences, a verdict.
+
+All contestants play the same episodes (the market is drawn once per batch and replayed), so differences are paired and
+their confidence intervals are far narrower than those of the levels. Intervals are 95 %.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from envs.baselines import Policy
+from envs.hedging import HedgingEnv
+from envs.runs import write_json
+
+Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
+Z95 = 1.959964
+
+
+@torch.no_grad()
+def play(env: HedgingEnv, policy: Policy) -> Episodes:
+    """Plays the environment's current market from its start. Returns per-episode measures, each (num_envs,):
+
+    `objective` Σ r_t; `pnl` Σ ΔW_t − cost_t; `cost`; `turnover` (shares); `net_delta` (mean |net delta|, shares);
+    `objective_centred`, the objective less Σ ΔW_t, whose mean differs by a constant that no policy can change (a
+    martingale pays nothing), with far less noise: for tuning and validation, never for the benchmark itself.
+    """
+    observation, _ = env.replay()
+    sums = dict.fromkeys(("objective", "pnl", "cost", "turnover", "net_delta", "objective_centred"), 0.0)
+    for _ in range(env.num_steps):
+        observation, reward, _, _, info = env.step(policy(observation))
+        sums["objective"] = sums["objective"] + reward
+        sums["objective_centred"] = sums["objective_centred"] + reward - info["wealth_change"]
+        sums["pnl"] = sums["pnl"] + info["wealth_change"] - info["cost"]
+        sums["cost"] = sums["cost"] + info["cost"]
+        sums["turnover"] = sums["turnover"] + info["traded"]
+        sums["net_delta"] = sums["net_delta"] + info["net_delta"].abs() / env.num_steps
+    return {name: value.double().cpu().numpy() for name, value in sums.items()}
+
+
+def evaluate(env: HedgingEnv, contestants: Mapping[str, Policy], episodes: int, seed: int) -> dict[str, Episodes]:
+    """Plays `episodes` fresh episodes with every contestant: batches of `env.num_envs`, reset with seed, seed + 1, …
+
+    Returns:
+        For every contestant its measures (see `play`), each (episodes,), row i the same market for all.
+    """
+    batches = -(-episodes // env.num_envs)
+    played = {name: [] for name in contestants}
+    for batch in range(batches):
+        env.reset(seed=seed + batch)
+        for name, policy in contestants.items():
+            played[name].append(play(env, policy))
+    return {
+        name: {measure: np.concatenate([p[measure] for p in parts])[:episodes] for measure in parts[0]}
+        for name, parts in played.items()
+    }
+
+
+def tune(env: HedgingEnv, family: Callable[[float], Policy], start: float, ratio: float = 1.15) -> float:
+    """Parameter of a strategy that is best on the environment's current market: climbs the geometric grid
+    start · ratio^k until both neighbours are worse, so the result is interior by construction (80 evaluations at most).
+    """
+    values: dict[int, float] = {}
+
+    def value(k: int) -> float:
+        if k not in values:
+            values[k] = play(env, family(start * ratio**k))["objective_centred"].mean()
+        return values[k]
+
+    best = 0
+    while len(values) < 80:
+        neighbour = max((best - 1, best + 1), key=value)
+        if value(neighbour) <= value(best):
+            break
+        best = neighbour
+    return start * ratio**best
+
+
+@dataclass
+class Estimate:
+    """A mean with its standard error and 95 % confidence interval."""
+
+    mean: float
+    se: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def estimate(sample: np.ndarray, block: int = 1, seed: int = 0) -> Estimate:
+    """Mean of `sample` (n,) with a 95 % confidence interval.
+
+    Args:
+        block: 1 for independent episodes (normal interval). More for dependent ones in time order, such as overlapping
+            windows: circular block bootstrap (Politis & Romano 1992) of blocks of this length, 2,000 resamples.
+    """
+    mean = float(sample.mean())
+    if block == 1:
+        se = float(sample.std(ddof=1) / len(sample) ** 0.5)
+        return Estimate(mean, se, mean - Z95 * se, mean + Z95 * se)
+    from arch.bootstrap import CircularBlockBootstrap
+
+    bootstrap = CircularBlockBootstrap(block, sample, seed=seed)
+    means = bootstrap.apply(np.mean, 2000)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(mean, float(means.std(ddof=1)), float(low), float(high))
+
+
+def gap_closed(agent: np.ndarray, baseline: np.ndarray, optimum: np.ndarray) -> Estimate:
+    """Share of the way from `baseline` to `optimum` that `agent` has gone: 1 − E[optimum − agent]/E[optimum − baseline].
+
+    Both differences are paired; the standard error is the delta method's for a ratio of means.
+    """
+    missing, gap = optimum - agent, optimum - baseline
+    ratio = missing.mean() / gap.mean()
+    se = float((missing - ratio * gap).std(ddof=1) / abs(gap.mean()) / len(gap) ** 0.5)
+    share = 1.0 - float(ratio)
+    return Estimate(share, se, share - Z95 * se, share + Z95 * se)
+
+
+def summarise(episodes: Episodes) -> dict[str, float]:
+    """The row of a contestant: levels of its objective and risk measures, in currency unless said otherwise."""
+    pnl = episodes["pnl"]
+    worst = np.sort(pnl)[: max(1, len(pnl) // 20)]
+    objective = estimate(episodes["objective"])
+    return {
+        "objective": objective.mean,
+        "objective_se": objective.se,
+        "pnl_mean": float(pnl.mean()),
+        "pnl_sd": float(pnl.std(ddof=1)),
+        "cvar95": float(worst.mean()),  # mean P&L of the worst 5 % of episodes
+        "cost_plus_sd": float(-pnl.mean() + 1.5 * pnl.std(ddof=1)),  # Cao, Chen, Hull & Poulos (2021), eq. 1
+        "cost": float(episodes["cost"].mean()),
+        "turnover": float(episodes["turnover"].mean()),  # shares an episode
+        "net_delta": float(episodes["net_delta"].mean()),  # shares
+    }
+
+
+COLUMNS = (
+    ("objective", "objective"),
+    ("pnl_mean", "P&L mean"),
+    ("pnl_sd", "P&L sd"),
+    ("cvar95", "CVaR95"),
+    ("cost_plus_sd", "−mean+1.5sd"),
+    ("cost", "cost"),
+    ("turnover", "turnover"),
+    ("net_delta", "|net delta|"),
+)
+
+
+@dataclass
+class Criterion:
+    """One condition of the verdict, and the figure that decided it."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class Benchmark:
+    """Everything that the benchmark found, to be printed and written.
+
+    `settings` says what was evaluated (seeds, episodes, market, tuned parameters); `rows` are the contestants'
+    `summarise`; `advantages` the paired agent − contestant differences of the objective; `shares` named ratios such as
+    the gap closed; `criteria` the verdict. Nothing in it depends on time or place, so equal runs write equal files.
+    """
+
+    title: str
+    settings: dict
+    rows: dict[str, dict[str, float]]
+    advantages: dict[str, Estimate]
+    shares: dict[str, Estimate] = field(default_factory=dict)
+    criteria: list[Criterion] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(criterion.passed for criterion in self.criteria)
+
+    def require(self, name: str, passed: bool, detail: str) -> None:
+        """Adds a criterion."""
+        self.criteria.append(Criterion(name, bool(passed), detail))
+
+    def require_advantage(self, contestant: str) -> None:
+        """Adds the criterion that the agent beats `contestant`: lower 95 % bound of the paired difference > 0."""
+        advantage = self.advantages[contestant]
+        self.require(f"beats {contestant}", advantage.low > 0, f"{advantage}, lower bound > 0")
+
+    def table(self) -> str:
+        """The benchmark as a Markdown table that also reads well in a terminal."""
+        header = ["contestant", "agent − it, paired [95 %]"] + [title for _, title in COLUMNS]
+        body = []
+        for name, row in self.rows.items():
+            advantage = str(self.advantages[name]) if name in self.advantages else ""
+            body.append([name, advantage] + [f"{row[key]:.3f}" for key, _ in COLUMNS])
+            body[-1][2] = f"{row['objective']:.4f} ± {row['objective_se']:.4f}"
+        widths = [max(len(line[i]) for line in [header] + body) for i in range(len(header))]
+
+        def render(cells: Sequence[str]) -> str:
+            first = cells[0].ljust(widths[0])
+            return "| " + " | ".join([first] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]) + " |"
+
+        rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+        return "\n".join([render(header), rule, *map(render, body)])
+
+    def verdict(self) -> str:
+        """One line per share and criterion, then BENCHMARK PASSED or BENCHMARK FAILED with what failed."""
+        lines = [
+            f"{name}: {100 * s.mean:.2f} % [{100 * s.low:.2f}, {100 * s.high:.2f}]" for name, s in self.shares.items()
+        ]
+        lines += [f"{'ok    ' if c.passed else 'FAILED'} {c.name}: {c.detail}" for c in self.criteria]
+        failed = [c.name for c in self.criteria if not c.passed]
+        lines.append("BENCHMARK PASSED" if not failed else "BENCHMARK FAILED: " + "; ".join(failed))
+        return "\n".join(lines)
+
+    def write(self, folder: Path, stem: str = "benchmark") -> None:
+        """Writes `stem`.json (all figures, full precision) and `stem`.md (title, table, verdict, settings)."""
+        content = {"passed": self.passed, **asdict(self)}
+        write_json(folder / f"{stem}.json", content)
+        settings = "\n".join(f"- {name}: {value}" for name, value in self.settings.items())
+        verdict = self.verdict().replace("\n", "\n\n")
+        text = f"# {self.title}\n\n{settings}\n\n{self.table()}\n\n{verdict}\n"
+        (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+
+
+def compare(title: str, settings: dict, played: Mapping[str, Episodes], agent: str, block: int = 1) -> Benchmark:
+    """Benchmark of `played` (see `evaluate`): rows, and the paired advantage of `agent` over every other contestant."""
+    mine = played[agent]["objective"]
+    advantages = {
+        name: estimate(mine - episodes["objective"], block) for name, episodes in played.items() if name != agent
+    }
+    return Benchmark(title, settings, {name: summarise(e) for name, e in played.items()}, advantages)

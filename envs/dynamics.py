@@ -1,0 +1,427 @@
+"""Martingale models of the underlying: each turns a block of standard normals into whole price and variance paths.
+
+    noise (num_paths, num_steps, noise_size)  ->  spot, variance, both (num_paths, num_steps + 1)
+
+`simulate` is a deterministic function of its noise, so who draws the noise decides who meets the same market: the
+environments draw it once per episode from an explicit `torch.Generator` (`draw_noise`), which makes every comparison
+paired. Under every model E[S_{t+1} | past] = S_t holds exactly in discrete time, whatever the step.
+
+Units: `dt` in years (1/252 = one trading day); `variance` is annualised and is the state that drives the *next* step;
+volatilities are annualised decimals. Zero rates and dividends.
+
+A model of your own is a subclass of `Dynamics` with `step` and `expected_average_variance`.
+"""
+
+import csv
+import math
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from envs.black_scholes import normal_cdf
+
+Tensor = torch.Tensor
+TRADING_DAYS = 252
+
+
+def draw_noise(num_rows: int, num_columns: int, generator: torch.Generator, dtype=torch.float32) -> Tensor:
+    """Standard normals (num_rows, num_columns) whose row i depends on the generator alone, not on `num_rows`.
+
+    PyTorch fills a tensor in an order that depends on its size (on the CPU the last 16 numbers, on a GPU all of them),
+    so rows are drawn in whole blocks and the rest of the last block is dropped. Draw once per reseeding or reset:
+    where a second draw starts does depend on the size of the first.
+    """
+    device = generator.device
+    block = 16 if device.type == "cpu" else 1024
+    num_blocks = -(-num_rows // block)
+    if device.type == "cpu":  # sequential, so one call equals many
+        return torch.randn(num_blocks * block, num_columns, generator=generator, dtype=dtype)[:num_rows]
+    blocks = [
+        torch.randn(block, num_columns, generator=generator, dtype=dtype, device=device) for _ in range(num_blocks)
+    ]
+    return torch.cat(blocks)[:num_rows]
+
+
+class Dynamics:
+    """Base class: loops `step` over time. `noise_size` is the number of normals a path uses per step."""
+
+    noise_size: int = 1
+    dt: float = 1 / TRADING_DAYS
+    initial_variance: float  # annualised, at the start of every path
+
+    def step(self, variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: variance (n,), noise (n, noise_size) → log-return (n,), next variance (n,); E[e^log-return] = 1."""
+        raise NotImplementedError
+
+    def expected_average_variance(self, variance: Tensor, num_steps: Tensor | int) -> Tensor:
+        """E[average annualised variance of the next `num_steps` steps | variance], the square of the mark's volatility.
+
+        Shapes broadcast; `variance` itself where num_steps is 0.
+        """
+        raise NotImplementedError
+
+    def simulate(self, noise: Tensor, spot: float = 100.0) -> tuple[Tensor, Tensor]:
+        """Noise (n, num_steps, noise_size) → spot and variance, both (n, num_steps + 1)."""
+        variance = torch.full_like(noise[:, 0, 0], self.initial_variance)
+        log_spot = torch.full_like(variance, math.log(spot))
+        log_spots, variances = [log_spot], [variance]
+        for t in range(noise.shape[1]):
+            log_return, variance = self.step(variance, noise[:, t])
+            log_spot = log_spot + log_return
+            log_spots.append(log_spot)
+            variances.append(variance)
+        return torch.stack(log_spots, 1).exp(), torch.stack(variances, 1)
+
+    def return_volatility_covariance(self, variance: Tensor) -> Tensor:
+        """d<ln S, v>/d<ln S>: expected change of variance per unit of log-return, for the minimum-variance delta."""
+        return torch.zeros_like(variance)
+
+
+@dataclass
+class GBM(Dynamics):
+    """Geometric Brownian motion, ln S_{t+1}/S_t = σ√dt Z − ½σ²dt (Black & Scholes 1973)."""
+
+    volatility: float = 0.2
+    dt: float = 1 / TRADING_DAYS
+
+    @property
+    def initial_variance(self) -> float:
+        return self.volatility**2
+
+    def step(self, variance, noise):
+        return (variance * self.dt).sqrt() * noise[:, 0] - 0.5 * variance * self.dt, variance
+
+    def expected_average_variance(self, variance, num_steps):
+        return variance + 0.0 * num_steps
+
+
+@dataclass
+class GARCH(Dynamics):
+    """GJR-GARCH(1,1) with normal innovations (Glosten, Jagannathan & Runkle 1993), made a martingale.
+
+    With h the variance of the next daily log-return and ε = √h Z:
+        ln S_{t+1}/S_t = ε − ½h,    h' = ω + (α + γ·1{ε<0}) ε² + β h.
+    ω is in squared daily returns (not percent). Starts at the stationary variance ω/(1 − p), p = α + β + γ/2.
+    Steps are trading days: `dt` other than 1/252 would need other parameters.
+    """
+
+    omega: float
+    alpha: float
+    gamma: float
+    beta: float
+    dt: float = 1 / TRADING_DAYS
+
+    @property
+    def persistence(self) -> float:
+        """p = α + β + γ/2, the factor by which a deviation of the variance decays in a day."""
+        return self.alpha + self.beta + 0.5 * self.gamma
+
+    @property
+    def initial_variance(self) -> float:
+        return TRADING_DAYS * self.omega / (1.0 - self.persistence)
+
+    def next_variance(self, variance, shock):
+        """Annualised variance after a daily shock ε (the return above its mean)."""
+        reaction = torch.where(shock < 0, self.alpha + self.gamma, self.alpha)
+        return TRADING_DAYS * (self.omega + reaction * shock * shock) + self.beta * variance
+
+    def step(self, variance, noise):
+        h = variance / TRADING_DAYS
+        shock = h.sqrt() * noise[:, 0]
+        return shock - 0.5 * h, self.next_variance(variance, shock)
+
+    def expected_average_variance(self, variance, num_steps):
+        """v̄ + (v − v̄)(1 − p^m)/(m(1 − p))."""
+        m, p, mean = torch.as_tensor(num_steps, device=variance.device), self.persistence, self.initial_variance
+        weight = torch.where(m > 0, (1.0 - p**m) / (m.clamp(min=1) * (1.0 - p)), 1.0)
+        return mean + (variance - mean) * weight.to(variance.dtype)
+
+    def return_volatility_covariance(self, variance):
+        """Cov(v', ε)/h: the ε² of a falling market counts γ more, so it is −252·γ√(2h/π) (E|Z|³ = √(8/π))."""
+        h = variance / TRADING_DAYS
+        return -TRADING_DAYS * self.gamma * (2.0 * h / math.pi).sqrt()
+
+
+@dataclass
+class Heston(Dynamics):
+    """Heston (1993): dv = κ(θ − v)dt + ξ√v dW, dS = S√v dB, d<B, W> = ρ dt.
+
+    Scheme: Andersen (2008), quadratic-exponential with martingale correction (QE-M), γ₁ = γ₂ = ½. The conditional mean
+    and variance of v are exact at any step and E[S_{t+1}|S_t] = S_t exactly; Feller's condition is not needed.
+    """
+
+    initial_variance: float = 0.04
+    mean_variance: float = 0.04
+    mean_reversion: float = 4.0
+    vol_of_vol: float = 0.5
+    correlation: float = -0.7
+    dt: float = 1 / TRADING_DAYS
+    noise_size: int = 2
+
+    PSI_SWITCH = 1.5  # between the quadratic and the exponential branch; any value in [1, 2] is valid
+
+    def step(self, variance, noise):
+        kappa, theta, xi, rho, dt = (
+            self.mean_reversion,
+            self.mean_variance,
+            self.vol_of_vol,
+            self.correlation,
+            self.dt,
+        )
+        decay = math.exp(-kappa * dt)
+        mean = theta + (variance - theta) * decay  # Andersen (17)
+        var = variance * xi**2 * decay * (1 - decay) / kappa + theta * xi**2 * (1 - decay) ** 2 / (2 * kappa)  # (18)
+        psi = var / mean**2
+        # A is the coefficient of v' in the conditional mean of S_{t+1}/S_t, (33)–(36).
+        k1 = 0.5 * dt * (kappa * rho / xi - 0.5) - rho / xi
+        k2 = 0.5 * dt * (kappa * rho / xi - 0.5) + rho / xi
+        k3 = 0.5 * dt * (1 - rho**2)
+        a_coefficient = k2 + 0.5 * k3
+        # Quadratic branch, v' = a(b + Z)², (23)–(28)
+        quadratic = psi <= self.PSI_SWITCH
+        inverse_psi = 1.0 / psi.clamp(max=self.PSI_SWITCH)
+        b2 = 2 * inverse_psi - 1 + (2 * inverse_psi).sqrt() * (2 * inverse_psi - 1).sqrt()
+        a = mean / (1 + b2)
+        v_quadratic = a * (b2.sqrt() + noise[:, 0]) ** 2
+        log_m_quadratic = a_coefficient * b2 * a / (1 - 2 * a_coefficient * a) - 0.5 * torch.log1p(
+            -2 * a_coefficient * a
+        )
+        # Exponential branch: an atom at zero of weight p and an exponential tail, (29)–(32)
+        psi_tail = psi.clamp(min=self.PSI_SWITCH)
+        p = (psi_tail - 1) / (psi_tail + 1)
+        beta = (1 - p) / mean
+        survival = normal_cdf(-noise[:, 0])  # 1 − U
+        v_exponential = torch.log((1 - p) / survival).clamp(min=0) / beta
+        log_m_exponential = torch.log(p + beta * (1 - p) / (beta - a_coefficient))
+        next_variance = torch.where(quadratic, v_quadratic, v_exponential)
+        log_m = torch.where(quadratic, log_m_quadratic, log_m_exponential)
+        # ln S' = ln S + K0* + K1 v + K2 v' + √(K3(v + v')) Z, with K0* = −ln E[e^{A v'}] − (K1 + K3/2)v, (33) and (39)
+        diffusion = (k3 * (variance + next_variance)).sqrt() * noise[:, 1]
+        log_return = -log_m - 0.5 * k3 * variance + k2 * next_variance + diffusion
+        return log_return, next_variance
+
+    def expected_average_variance(self, variance, num_steps):
+        """θ + (v − θ)(1 − e^{−κτ})/(κτ)."""
+        x = torch.as_tensor(num_steps * (self.mean_reversion * self.dt), dtype=variance.dtype, device=variance.device)
+        weight = torch.where(x > 0, -torch.expm1(-x) / x.clamp(min=1e-12), 1.0)
+        return self.mean_variance + (variance - self.mean_variance) * weight
+
+    def return_volatility_covariance(self, variance):
+        """d<ln S, v>/d<ln S> = ρξ."""
+        return torch.full_like(variance, self.correlation * self.vol_of_vol)
+
+
+@dataclass
+class Merton(Dynamics):
+    """Merton (1976): Brownian motion plus a compound Poisson process of normal jumps in ln S.
+
+    ln S_{t+1}/S_t = c dt + σ√dt Z + Σ_{i≤N} J_i, N ~ Poisson(λdt), J ~ N(μ_J, δ²). N is cut at `MAX_JUMPS` in a step
+    and c compensates the cut distribution, so the martingale property stays exact.
+    """
+
+    volatility: float = 0.16
+    jump_rate: float = 1.0
+    jump_mean: float = -0.08
+    jump_volatility: float = 0.09
+    dt: float = 1 / TRADING_DAYS
+    noise_size: int = 3
+
+    MAX_JUMPS = 8
+
+    @property
+    def initial_variance(self) -> float:
+        """Total variance rate σ² + λ(μ_J² + δ²), constant."""
+        return self.volatility**2 + self.jump_rate * (self.jump_mean**2 + self.jump_volatility**2)
+
+    def jump_probabilities(self) -> list[float]:
+        """P(N = n), n = 0 … MAX_JUMPS, the last taking the tail."""
+        rate = self.jump_rate * self.dt
+        probabilities = [math.exp(-rate) * rate**n / math.factorial(n) for n in range(self.MAX_JUMPS)]
+        return probabilities + [max(0.0, 1.0 - sum(probabilities))]
+
+    def step(self, variance, noise):
+        probabilities = self.jump_probabilities()
+        tail = normal_cdf(-noise[:, 1])  # 1 − U; counted from the tail, where floats are fine
+        num_jumps = torch.zeros_like(tail)
+        for n in range(1, len(probabilities)):
+            num_jumps = num_jumps + (tail < sum(probabilities[n:])).to(tail.dtype)
+        growth = self.jump_mean + 0.5 * self.jump_volatility**2
+        compensator = math.log(sum(p * math.exp(n * growth) for n, p in enumerate(probabilities)))
+        jump = self.jump_mean * num_jumps + self.jump_volatility * num_jumps.sqrt() * noise[:, 2]
+        diffusion = self.volatility * math.sqrt(self.dt) * noise[:, 0] - 0.5 * self.volatility**2 * self.dt
+        return diffusion + jump - compensator, variance
+
+    def expected_average_variance(self, variance, num_steps):
+        return variance + 0.0 * num_steps
+
+
+class Historical(Dynamics):
+    """Windows of real closes, for out-of-sample evaluation; variance filtered by a GARCH model fitted elsewhere.
+
+    Path i is the window that starts at close i·`stride` (row i modulo the number of windows): the noise is ignored. The
+    simple returns of the period are divided by their mean growth, so that no drift is earned; each window is rescaled
+    to the initial spot. The variance of day t uses returns before t only.
+
+    Args:
+        closes: (n,) consecutive daily closes of the evaluation period.
+        garch: the model whose filter gives the variance.
+        warm_up: (m,) closes before the period, on which the filter is run in (may be empty).
+        dates: (n,) dates of `closes`, for reporting.
+    """
+
+    def __init__(self, closes: np.ndarray, garch: GARCH, warm_up: np.ndarray | None = None, dates=None):
+        self.garch = garch
+        self.dt = garch.dt
+        self.dates = dates
+        growth = closes[1:] / closes[:-1]
+        self.log_returns = torch.from_numpy(np.log(growth / growth.mean()))
+        history = np.diff(np.log(warm_up)) if warm_up is not None and len(warm_up) > 1 else np.zeros(0)
+        variance = torch.tensor(garch.initial_variance, dtype=torch.float64)
+        for value in torch.from_numpy(history):
+            variance = garch.next_variance(variance, value)
+        variances = [variance]
+        for value in self.log_returns:
+            # The model's shock is the log-return above its −h/2; the squared difference is 1e-4 of the variance.
+            variance = garch.next_variance(variance, value + 0.5 * variance / TRADING_DAYS)
+            variances.append(variance)
+        self.variances = torch.stack(variances)
+
+    @property
+    def initial_variance(self) -> float:
+        return float(self.variances[0])
+
+    def num_windows(self, num_steps: int) -> int:
+        """Number of overlapping windows of `num_steps` returns."""
+        return len(self.log_returns) - num_steps + 1
+
+    def simulate(self, noise, spot=100.0):
+        num_paths, num_steps = noise.shape[:2]
+        start = torch.arange(num_paths) % self.num_windows(num_steps)
+        index = start[:, None] + torch.arange(num_steps + 1)
+        cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), self.log_returns.cumsum(0)])
+        log_spot = math.log(spot) + cumulative[index] - cumulative[start][:, None]
+        return log_spot.exp().to(noise), self.variances[index].to(noise)
+
+    def expected_average_variance(self, variance, num_steps):
+        return self.garch.expected_average_variance(variance, num_steps)
+
+    def return_volatility_covariance(self, variance):
+        return self.garch.return_volatility_covariance(variance)
+
+
+def load_closes(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Daily closes, oldest first: (dates as datetime64[D], closes), both (n,).
+
+    Args:
+        path: CSV with a header and the columns `date` (YYYY-MM-DD) and `close` (any case); None for the S&P 500 that
+            the package `arch` ships, 1999-01-04 to 2018-12-31.
+
+    Raises:
+        ValueError: naming file and line, for a missing column, a date that is malformed, out of order or more than 14
+            days after the one before it, or a close that is not a positive finite number.
+    """
+    if path is None:
+        from arch.data import sp500  # imports pandas and statsmodels: seconds, so only where needed
+
+        frame = sp500.load()
+        return frame.index.values.astype("datetime64[D]"), frame["Adj Close"].to_numpy(dtype=np.float64)
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    dates, closes = [], []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = {name.strip().lower(): name for name in reader.fieldnames or []}
+            for column in ("date", "close"):
+                if column not in columns:
+                    raise ValueError(f"{path}, line 1: no column '{column}' (found: {', '.join(columns) or 'nothing'})")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                text_date, text_close = (row[columns[c]] or "" for c in ("date", "close"))
+                try:
+                    day = date.fromisoformat(text_date.strip())
+                except ValueError:
+                    raise ValueError(f"{where}: date {text_date!r} is not of the form YYYY-MM-DD") from None
+                try:
+                    close = float(text_close)
+                except ValueError:
+                    raise ValueError(f"{where}: close {text_close!r} is not a number") from None
+                if not (math.isfinite(close) and close > 0):
+                    raise ValueError(f"{where}: close {text_close.strip()} is not a positive finite number")
+                if dates and day <= dates[-1]:
+                    raise ValueError(f"{where}: date {day} does not come after {dates[-1]}")
+                if dates and (day - dates[-1]).days > 14:
+                    raise ValueError(f"{where}: gap of {(day - dates[-1]).days} days after {dates[-1]} (at most 14)")
+                dates.append(day)
+                closes.append(close)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    if len(closes) < 2:
+        raise ValueError(f"{path}: {len(closes)} closes (at least 2)")
+    return np.array(dates, dtype="datetime64[D]"), np.array(closes)
+
+
+MIN_CLOSES = 500  # two years; a GARCH fit on less is mostly noise
+
+
+def fit_garch(closes: np.ndarray) -> GARCH:
+    """GJR-GARCH(1,1), zero mean, normal, fitted by `arch` to 100·log-returns of `closes` (n,).
+
+    Raises:
+        ValueError: fewer than 500 closes, constant closes, or a fit that is not stationary.
+    """
+    if len(closes) < MIN_CLOSES:
+        raise ValueError(f"{len(closes)} closes are too few to fit garch (at least {MIN_CLOSES})")
+    from arch import arch_model
+
+    returns = 100.0 * np.diff(np.log(closes))
+    if returns.std() == 0:
+        raise ValueError("all closes are equal: garch cannot be fitted")
+    fit = arch_model(returns, mean="Zero", vol="GARCH", p=1, o=1, q=1, rescale=False).fit(
+        disp="off", show_warning=False
+    )
+    p = fit.params
+    garch = GARCH(
+        omega=p["omega"] / 100.0**2, alpha=p["alpha[1]"], gamma=p["gamma[1]"], beta=p["beta[1]"], dt=1 / TRADING_DAYS
+    )
+    if not (garch.omega > 0 and garch.persistence < 1):
+        raise ValueError(f"the fitted garch is not stationary (persistence {garch.persistence:.4f})")
+    return garch
+
+
+NAMES = ("gbm", "garch", "heston", "merton", "historical")
+
+
+def make(name: str, volatility: float = 0.2, history: str | None = None, history_end: str | None = None) -> Dynamics:
+    """Builds a model by name.
+
+    Args:
+        name: one of `NAMES`.
+        volatility: annualised, for gbm; the other models have their own parameters.
+        history: CSV of closes for garch and historical (see `load_closes`); None for the S&P 500.
+        history_end: YYYY-MM-DD; garch is fitted on closes up to and including it, and historical replays those after.
+
+    Raises:
+        ValueError: unknown name or unusable data.
+    """
+    if name == "gbm":
+        return GBM(volatility)
+    if name == "heston":
+        return Heston()
+    if name == "merton":
+        return Merton()
+    if name not in NAMES:
+        raise ValueError(f"unknown dynamics {name!r} (one of {', '.join(NAMES)})")
+    dates, closes = load_closes(history)
+    in_sample = dates <= np.datetime64(history_end) if history_end else np.ones(len(dates), dtype=bool)
+    garch = fit_garch(closes[in_sample])
+    if name == "garch":
+        return garch
+    if in_sample.all():
+        raise ValueError("historical replays the closes after --history-end, and there are none")
+    # The last close of the fitting period opens the first window: its return belongs to the evaluation.
+    first = int(in_sample.sum()) - 1
+    return Historical(closes[first:], garch, warm_up=closes[: first + 1], dates=dates[first:])

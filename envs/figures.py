@@ -1,0 +1,107 @@
+"""Figures that every phase draws: each explains itself (title, units, baseline and optimum drawn in)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from envs.baselines import Policy
+from envs.hedging import HedgingEnv
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+AGENT, BASELINE, OPTIMUM, OTHER = "#1f5fbf", "#c23b22", "#2a8f4f", "#8a8a8a"
+plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
+                     "axes.spines.right": False, "legend.frameon": False, "font.size": 10})  # fmt: skip
+
+
+def _save(figure, path: Path) -> None:
+    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def learning_curve(path: Path, steps, values, levels: Mapping[str, tuple[float, str]], title: str, ylabel: str) -> None:
+    """Objective against environment steps, with horizontal lines for the contestants.
+
+    Args:
+        steps, values: the agent's curve.
+        levels: label → (level, colour), drawn as horizontal lines.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    axes.plot(np.asarray(steps) / 1e6, values, color=AGENT, marker=".", label="agent (mean action)")
+    for i, (label, (level, colour)) in enumerate(levels.items()):
+        axes.axhline(level, color=colour, linestyle=("--", "-.", ":", "-")[i % 4], label=f"{label} ({level:.4f})")
+    # Early values can be far below everything of interest
+    low = min(level for level, _ in levels.values())
+    high = max([level for level, _ in levels.values()] + list(values[-1:]))
+    margin = 0.35 * max(high - low, 1e-6)
+    axes.set_ylim(low - margin, high + margin)
+    axes.set(title=title, xlabel="environment steps (millions)", ylabel=ylabel)
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def pnl_distributions(path: Path, pnls: Mapping[str, tuple[np.ndarray, str]], title: str) -> None:
+    """Densities of the P&L of an episode on the same episodes: label → (sample (n,), colour); CVaR95 dashed."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    everything = np.concatenate([sample for sample, _ in pnls.values()])
+    bins = np.linspace(*np.quantile(everything, [0.001, 0.999]), 80 if len(everything) > 20_000 else 30)
+    for label, (sample, colour) in pnls.items():
+        cvar = np.sort(sample)[: max(1, len(sample) // 20)].mean()
+        text = f"{label}: mean {sample.mean():.3f}, sd {sample.std(ddof=1):.3f}, CVaR95 {cvar:.2f}"
+        axes.hist(sample, bins, density=True, histtype="step", color=colour, linewidth=1.6, label=text)
+        axes.axvline(cvar, color=colour, linestyle="--", linewidth=1)
+    axes.set(title=title, xlabel="P&L of an episode (currency; dashed: mean of the worst 5 %)", ylabel="density")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 1.3)
+    axes.legend(loc="upper left", fontsize=9)
+    _save(figure, path)
+
+
+def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy, name: str, title: str) -> None:
+    """The learnt no-trade band beside a reference one, over the spot, one panel per time.
+
+    Args:
+        env: its `num_envs` is the number of spots drawn; variance is the model's initial one.
+        agent, reference: policies; `name` says what the reference is.
+    """
+    days = sorted({0, env.num_steps // 3, env.num_steps * 2 // 3, *range(env.num_steps - 3, env.num_steps)} - {-1, -2})
+    figure, axes = plt.subplots(2, -(-len(days) // 2), figsize=(12, 7.5), squeeze=False, sharey=True)
+    for axis, day in zip(axes.flat, days, strict=False):
+        left = env.num_steps - day
+        # ± 2 standard deviations of what is left, but at least those of a week
+        width = 2 * (env.dynamics.initial_variance * max(left, 5) * env.dynamics.dt) ** 0.5
+        spots = env.strike * torch.linspace(-width, width, env.num_envs, device=env.device, dtype=env.dtype).exp()
+        env.set_market(
+            spots[:, None].repeat(1, env.num_steps + 1),
+            torch.full((env.num_envs, env.num_steps + 1), env.dynamics.initial_variance).to(spots),
+        )
+        env.replay()
+        env.t, env.holding = day, env.delta[day]  # as if hedged at the Black–Scholes delta until now
+        observation, delta, x = env.observe(), env.delta[day].cpu().numpy(), spots.cpu().numpy()
+        (lower, upper), (low, high) = (_edges(env, policy, observation) for policy in (reference, agent))
+        axis.fill_between(x, lower, upper, color=OPTIMUM, alpha=0.25, linewidth=0, label=f"{name}: no trade inside")
+        axis.plot(x, low, color=AGENT, linewidth=1.5, label="agent: no trade between the lines")
+        axis.plot(x, high, color=AGENT, linewidth=1.5)
+        axis.plot(x, delta, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta")
+        axis.set_title(f"{left} day{'s' if left > 1 else ''} to expiry", fontsize=10)
+        axis.set_xlabel("spot (currency)")
+    for axis in axes.flat[len(days) :]:
+        axis.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("shares held against one short call")
+    axes.flat[0].legend(loc="upper left", fontsize=9)
+    figure.suptitle(title)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+@torch.no_grad()
+def _edges(env: HedgingEnv, policy: Policy, observation: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    offset, half_width = policy(observation).unbind(-1)
+    centre = -env.position * env.delta[env.t] + offset
+    half_width = half_width.clamp(min=0)
+    return (centre - half_width).cpu().numpy(), (centre + half_width).cpu().numpy()

@@ -1,0 +1,202 @@
+"""The run folder and the manners of a command: arguments checked, files written whole, checkpoints read safely.
+
+Everything here is the same for every phase. Exit codes: 0 benchmark passed, 1 benchmark failed, 2 bad input, 3 an error
+or a run that diverged, 130 Ctrl-C.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import tyro
+
+
+class UsageError(ValueError):
+    """Bad input. Its message is one line that names the flag or file, the value and what is allowed."""
+
+
+class DivergenceError(RuntimeError):
+    """A loss, reward or parameter that is NaN or infinite. Its message names it, the step and the last checkpoint."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `UsageError(message)` unless `condition`."""
+    if not condition:
+        raise UsageError(message)
+
+
+def check_range(args, low: float, high: float, *fields: str, open_low: bool = False) -> None:
+    """Raises `UsageError` unless low ≤ value ≤ high (low < value with `open_low`) for every named field of `args`."""
+    for field in fields:
+        value = getattr(args, field)
+        inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
+        left = f"more than {low:g}" if open_low else f"at least {low:g}"
+        allowed = left if high == math.inf else f"{left}, at most {high:g}"
+        check(inside, f"--{field.replace('_', '-')} is {value} ({allowed})")
+
+
+def parse_args(args_class: type, argv: Sequence[str], default=None):
+    """Parses `argv` into the dataclass `args_class` with tyro, starting from `default` if given.
+
+    Raises:
+        UsageError: with tyro's message on one line.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(args_class, args=list(argv), default=default)
+    except SystemExit as exit_:
+        if exit_.code in (0, None):  # --help
+            raise
+    lines = [line.strip("│╭╮╰╯─ \n") for line in errors.getvalue().splitlines()]
+    lines = [line for line in lines if line and line != "Parsing error" and not line.startswith(("For full", "see "))]
+    raise UsageError(" ".join(lines))
+
+
+def run(main: Callable[[Sequence[str]], bool]) -> None:
+    """Calls `main(argv)` and exits: 0 if it returns True (benchmark passed), 1 if False, else as the module says."""
+    try:
+        code = 0 if main(sys.argv[1:]) else 1
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except DivergenceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 3
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume and the run folder", file=sys.stderr)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 3
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def write_json(path: Path, content) -> None:
+    """Writes JSON through a temporary file, so that the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class MetricsFile:
+    """metrics.csv: one row per logged iteration, flushed at once.
+
+    On `resume_from` (rows that the checkpoint has seen), later rows of the interrupted run are dropped.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str], resume_from: int | None = None):
+        kept = []
+        if resume_from is not None and path.is_file():
+            with open(path, newline="") as file:
+                kept = [row for row in csv.DictReader(file)][:resume_from]
+        self.rows = len(kept)
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, fields)
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+        self.file.flush()
+
+    def write(self, row: dict) -> None:
+        self.writer.writerow(row)
+        self.file.flush()
+        self.rows += 1
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes `content` (tensors, numbers, strings, and lists and dicts of them) to `path` atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path, phase: str, device: torch.device | str = "cpu") -> dict:
+    """Reads a checkpoint of `phase`; `path` is the file or its run folder. Never executes code from the file.
+
+    Raises:
+        UsageError: missing, truncated, not a checkpoint, from another phase, or a pickle with code in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    check(path.is_file(), f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(f"{path}: refused, it holds objects other than tensors and numbers (or is damaged)") from None
+    except Exception:  # torch raises many kinds for a file that is cut off or is no archive
+        raise UsageError(f"{path}: not a readable checkpoint (truncated or of another kind)") from None
+    check(isinstance(content, dict) and "phase" in content, f"{path}: not a checkpoint of this project")
+    check(content["phase"] == phase, f"{path}: a checkpoint of {content['phase']}, not of {phase}")
+    return content
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics.csv as numbers; empty if there is none."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def new_folder(path: Path) -> Path:
+    """Creates `path`, or `path-2`, `path-3` … if it exists (two runs may start in the same second)."""
+    candidate, n = path, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            n += 1
+            candidate = path.with_name(f"{path.name}-{n}")
+
+
+def cuda_graph(function: Callable, modules, optimizer, generators, device) -> Callable:
+    """Captures `function()` (no host synchronisation, fixed shapes) as one CUDA graph; returns a callable that replays
+    it and returns the same output tensors, overwritten.
+
+    Warming up runs the function for real, so parameters, optimiser state and generators are put back afterwards: the
+    captured run does what the eager one would have done. Generators must be registered to advance from replay to
+    replay.
+    """
+    saved_modules = [{k: v.clone() for k, v in module.state_dict().items()} for module in modules]
+    saved_optimizer = {p: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
+    saved_generators = [generator.get_state() for generator in generators]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+    graph = torch.cuda.CUDAGraph()
+    for generator, state in zip(generators, saved_generators, strict=True):
+        generator.set_state(state)
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        output = function()
+    # Capturing executes nothing, but the warm-up did.
+    for module, saved in zip(modules, saved_modules, strict=True):
+        module.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            old = saved_optimizer.get(parameter, {}).get(name)
+            value.zero_() if old is None else value.copy_(old)
+    for generator, state in zip(generators, saved_generators, strict=True):
+        generator.set_state(state)
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay

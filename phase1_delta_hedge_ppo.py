@@ -1,0 +1,620 @@
+"""Phase 1: hedge one sold option at a cost, learned with PPO and measured against the exact optimum.
+
+The agent is short one at-the-money call for 30 trading days and trades the underlying once a day at a proportional
+cost. Its action is a no-trade band around the Black–Scholes delta. CleanRL's PPO with GAE, batched: a rollout is one
+whole episode of every environment. All the finance is in envs/; copy this file, change thirty lines, run it.
+"""
+
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from envs import HedgingEnv, baselines, benchmark, dynamics, figures, optimum, runs
+
+Tensor = torch.Tensor
+PHASE = "phase1"  # a checkpoint is only loaded into the phase that wrote it
+TUNING_SEED, VALIDATION_SEED, BENCHMARK_SEED = 2_000_000, 3_000_000, 1_000_000  # apart from each other and from --seed
+
+
+@dataclass
+class Args:
+    """Phase 1: train a PPO agent to hedge one sold option, then benchmark it.
+
+    The agent is short one at-the-money call (S = K = 100, 30 trading days) and trades the underlying once a day at a
+    proportional cost. At the end it is compared, on the same fresh episodes, with Black–Scholes delta hedging, with
+    tuned no-trade bands and, for gbm and garch, with the exact optimum. Exit code 0: benchmark passed; 1: failed;
+    2: bad input; 3: diverged; 130: Ctrl-C. Everything is written to runs/<run name>/.
+
+    Examples:
+      python phase1_delta_hedge_ppo.py                              constant volatility (phase 1a)
+      python phase1_delta_hedge_ppo.py --dynamics garch             autocorrelated volatility (phase 1b)
+      python phase1_delta_hedge_ppo.py --resume runs/NAME           go on where a run stopped
+      python phase1_delta_hedge_ppo.py --evaluate runs/NAME --dynamics heston
+    The real S&P 500, out of sample:
+      python phase1_delta_hedge_ppo.py --dynamics garch --history-end 2010-12-31
+      python phase1_delta_hedge_ppo.py --evaluate runs/NAME --dynamics historical
+    """
+
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's name"""
+    seed: int = 1
+    """seed of the run; the same seed gives the same numbers, bitwise, on the same machine"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    torch_threads: int = 1
+    """CPU threads of torch; these small networks are fastest on one"""
+    track: bool = False
+    """log to Weights & Biases (WANDB_MODE=offline works without an account)"""
+    wandb_project_name: str = "option-market-making"
+    """the W&B project"""
+    wandb_entity: str | None = None
+    """the W&B entity (team); your own account by default"""
+    save_model: bool = True
+    """write checkpoint.pt, which --resume and --evaluate need"""
+    evaluate: str | None = None
+    """CHECKPOINT or run folder: no training, only the benchmark; market flags may differ from those trained with"""
+    resume: str | None = None
+    """run folder: continue it to exactly the numbers of an uninterrupted run"""
+    compile: bool = False
+    """compile policy and loss with torch.compile (needs a C++ compiler; worth it on long runs)"""
+    cudagraphs: bool = False
+    """capture rollout and update as CUDA graphs (GPU only): several times faster with few environments"""
+
+    # The market
+    dynamics: str = "gbm"
+    """model of the underlying: gbm, garch, heston, merton; historical (real closes) with --evaluate only"""
+    volatility: float = 0.2
+    """annualised volatility of gbm, a decimal"""
+    history: str | None = None
+    """CSV with columns date and close for garch and historical; the S&P 500 of 1999–2018 by default"""
+    history_end: str | None = None
+    """YYYY-MM-DD: garch is fitted on closes up to this day, historical replays the closes after it"""
+    num_steps: int = 30
+    """trading days to expiry: the length of an episode and of a rollout"""
+    cost_rate: float = 1e-3
+    """proportional cost per unit of currency traded (1e-3 = 10 bp)"""
+    risk_aversion: float = 1.0
+    """weight of ½ΔW² in the reward, 1/currency"""
+
+    # The algorithm
+    total_timesteps: int = 12_000_000
+    """environment steps of the whole run, over all environments"""
+    num_envs: int = 1024
+    """environments side by side"""
+    learning_rate: float = 1e-3
+    """learning rate of Adam"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to zero"""
+    gamma: float = 1.0
+    """discount factor"""
+    gae_lambda: float = 0.6
+    """λ of generalised advantage estimation; low, because a trade is felt within days"""
+    num_minibatches: int = 8
+    """minibatches an epoch; must divide num_envs × num_steps"""
+    update_epochs: int = 4
+    """passes over a rollout"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    clip_coef: float = 0.2
+    """PPO's clipping of the probability ratio"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are clipped to this norm"""
+    reward_scale: float = 10.0
+    """the training reward is multiplied by this, so that values are of order one"""
+
+    # The benchmark
+    num_evaluations: int = 20
+    """how often in the run the policy is evaluated, logged and saved"""
+    eval_episodes: int = 65_536
+    """episodes of the final benchmark (with historical: all the windows there are)"""
+
+
+def validate(args: Args) -> None:
+    """Raises UsageError for the first argument that cannot work."""
+    names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
+    hint = "" if args.evaluate else "; historical with --evaluate"
+    runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
+    runs.check(not (args.evaluate and args.resume), "--evaluate and --resume exclude each other")
+    runs.check_range(args, 0, 10, "volatility", open_low=True)
+    runs.check_range(args, 0, 0.5, "cost_rate")
+    runs.check_range(args, 0, 1e6, "risk_aversion")
+    runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
+    runs.check_range(args, 0, 1, "gamma", "gae_lambda")
+    runs.check_range(args, 0, 1, "clip_coef", open_low=True)
+    runs.check_range(args, 0, math.inf, "ent_coef", "vf_coef")
+    runs.check_range(args, 1, 2**20, "num_envs", "num_minibatches", "update_epochs", "num_evaluations", "torch_threads")
+    runs.check_range(args, 1, 2520, "num_steps")
+    runs.check_range(args, 2, 2**26, "eval_episodes")
+    runs.check_range(args, 0, 2**31, "seed")
+    batch_size = args.num_envs * args.num_steps
+    runs.check(
+        batch_size % args.num_minibatches == 0 and batch_size // args.num_minibatches > 1,
+        f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size}, 2 or more each)",
+    )
+    runs.check_range(args, batch_size, 10**12, "total_timesteps")
+    if args.history_end is not None:
+        try:
+            np.datetime64(args.history_end, "D")
+        except ValueError:
+            raise runs.UsageError(f"--history-end is {args.history_end!r} (a day, YYYY-MM-DD)") from None
+    runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
+    runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
+
+
+def make_dynamics(args: Args) -> dynamics.Dynamics:
+    """The model of the underlying that the flags describe; data errors become usage errors."""
+    try:
+        model = dynamics.make(args.dynamics, args.volatility, args.history, args.history_end)
+    except ValueError as error:
+        raise runs.UsageError(str(error)) from None
+    if isinstance(model, dynamics.Historical):
+        windows = model.num_windows(args.num_steps)
+        runs.check(windows > 1, f"--num-steps is {args.num_steps} (more than the closes after --history-end allow)")
+    return model
+
+
+def make_env(args: Args, model: dynamics.Dynamics, num_envs: int, device: torch.device) -> HedgingEnv:
+    settings = {"num_steps": args.num_steps, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
+    return HedgingEnv(num_envs, model, device=device, **settings)
+
+
+# ALGO LOGIC: the agent
+
+
+def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Gaussian policy and value function, 2×64 tanh each; the environment's action is `to_band` of the raw one."""
+
+    def __init__(self, env: HedgingEnv):
+        super().__init__()
+        size, actions = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+
+        def network(outputs: int, std: float) -> nn.Sequential:
+            return nn.Sequential(
+                layer_init(nn.Linear(size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh(),
+                layer_init(nn.Linear(64, outputs), std),
+            )  # fmt: skip
+
+        self.actor_mean = network(actions, 0.01)
+        self.critic = network(1, 1.0)
+        self.actor_logstd = nn.Parameter(torch.full((actions,), -1.0))
+        # Observations are standardised by what a fixed band met before training, and saved with the policy.
+        self.register_buffer("observation_mean", torch.zeros(size))
+        self.register_buffer("observation_std", torch.ones(size))
+
+    @torch.no_grad()
+    def fit_normaliser(self, env: HedgingEnv) -> None:
+        observation, _ = env.reset(seed=VALIDATION_SEED)
+        seen = []
+        for _ in range(env.num_steps):
+            seen.append(observation)
+            observation, *_ = env.step(self.to_band(observation.new_zeros(env.num_envs, 2)))
+        self.observation_mean.copy_(torch.cat(seen).mean(0))
+        self.observation_std.copy_(torch.cat(seen).std(0) + 1e-3)
+
+    def normalise(self, observation: Tensor) -> Tensor:
+        return ((observation - self.observation_mean) / self.observation_std).clamp(-10, 10)
+
+    @staticmethod
+    def to_band(raw_action: Tensor) -> Tensor:
+        """Raw action (n, 2) → (centre offset, half-width) in shares; zero is a band of ±0.05 around the delta."""
+        return torch.stack((0.1 * raw_action[:, 0], 0.05 * raw_action[:, 1].clamp(-5, 5).exp()), -1)
+
+    def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised observation (n, 7), normals (n, 2) → raw action (n, 2), its log-probability and the value (n,)."""
+        action = self.actor_mean(observation) + self.actor_logstd.exp() * noise
+        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return action, logprob, self.critic(observation)[:, 0]
+
+    def evaluate(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised observations and raw actions → log-probabilities (n,), entropy (), values (n,)."""
+        noise = (action - self.actor_mean(observation)) * torch.exp(-self.actor_logstd)
+        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.actor_logstd).sum()
+        return logprob, entropy, self.critic(observation)[:, 0]
+
+    def policy(self, observation: Tensor) -> Tensor:
+        """The deterministic policy that is benchmarked: environment observation (n, 7) → environment action (n, 2)."""
+        return self.to_band(self.actor_mean(self.normalise(observation)))
+
+
+# ALGO LOGIC: PPO
+
+
+class Batch(NamedTuple):
+    """A rollout, flattened over time and environments: (num_steps · num_envs, …)."""
+
+    observations: Tensor  # normalised
+    actions: Tensor  # raw
+    logprobs: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@torch.no_grad()
+def rollout(env: HedgingEnv, agent: Agent, act, args: Args, generator: torch.Generator) -> Batch:
+    """Plays one whole episode in every environment and estimates advantages (GAE; expiry is terminal)."""
+    observation, _ = env.reset()
+    steps = []
+    for _ in range(env.num_steps):
+        observation = agent.normalise(observation)
+        noise = torch.randn(env.num_envs, 2, generator=generator, device=env.device)
+        action, logprob, value = act(observation, noise)
+        next_observation, reward, _, _, info = env.step(agent.to_band(action))
+        # Two terms of the reward do not depend on the policy, in mean: ΔW is a martingale difference, and the squared
+        # ΔW of the Black–Scholes hedge on the same path is given. Without them the optimum is the same, the noise less.
+        hedged_risk = 0.5 * env.risk_aversion * info["hedged_change"] ** 2
+        reward = args.reward_scale * (reward - info["wealth_change"] + hedged_risk)
+        steps.append((observation, action, logprob, reward, value))
+        observation = next_observation
+    observations, actions, logprobs, rewards, values = (torch.stack(column) for column in zip(*steps, strict=True))
+    advantages = torch.empty_like(rewards)
+    next_value, advantage = torch.zeros_like(rewards[0]), torch.zeros_like(rewards[0])
+    for t in reversed(range(env.num_steps)):
+        error = rewards[t] + args.gamma * next_value - values[t]
+        advantage = error + args.gamma * args.gae_lambda * advantage
+        advantages[t], next_value = advantage, values[t]
+    return Batch(*(x.flatten(0, 1) for x in (observations, actions, logprobs, advantages, advantages + values)))
+
+
+def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
+    """Loss of a minibatch, and its parts: policy loss, value loss, entropy, approximate KL, clipped fraction."""
+    logprobs, entropy, values = agent.evaluate(batch.observations, batch.actions)
+    logratio = logprobs - batch.logprobs
+    ratio = logratio.exp()
+    advantages = batch.advantages
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    value_loss = 0.5 * (values - batch.returns).square().mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - logratio).mean()
+        clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+        parts = torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction))
+    return loss, parts
+
+
+LOSS_NAMES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+
+
+def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, generator: torch.Generator) -> Tensor:
+    """PPO's epochs over one rollout. Returns the mean of the loss parts (5,) and never waits for the device."""
+    parts = []
+    size = len(batch.logprobs)
+    for _ in range(args.update_epochs):
+        order = torch.rand(size, generator=generator, device=batch.logprobs.device).argsort()
+        for index in order.view(args.num_minibatches, -1):
+            loss, loss_parts = loss_function(agent, Batch(*(x[index] for x in batch)), args)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            parts.append(loss_parts)
+    return torch.stack(parts).mean(0)
+
+
+def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.device, checkpoint: dict | None, tracker):
+    """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    env = make_env(args, model, args.num_envs, device)
+    agent = Agent(env).to(device)
+    agent.fit_normaliser(make_env(args, model, 1024, device))
+    # A tensor as learning rate, so that a captured update sees it change
+    optimizer = torch.optim.Adam(
+        agent.parameters(), lr=torch.tensor(args.learning_rate, device=device), eps=1e-5, fused=True,
+        capturable=device.type == "cuda",
+    )  # fmt: skip
+    generator = torch.Generator(device).manual_seed(args.seed)  # exploration and minibatches
+    env.generator.manual_seed(args.seed)  # the market
+
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
+    validation = make_validation(args, model, device)
+    fields_ = ["global_step", "charts/objective", "charts/gain_over_black_scholes", "charts/share_of_gap_closed"]
+    fields_ += ["charts/learning_rate", "charts/SPS"] + [f"losses/{name}" for name in LOSS_NAMES]
+    fields_ += [f"losses/action_std_{i}" for i in range(2)]
+
+    first, rows = 1, None
+    if checkpoint is not None:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        generator.set_state(checkpoint["generator"].cpu())
+        env.generator.set_state(checkpoint["market_generator"].cpu())
+        first, rows = checkpoint["iteration"] + 1, checkpoint["rows"]
+    metrics = runs.MetricsFile(run_dir / "metrics.csv", fields_, resume_from=rows)
+
+    def save(iteration: int) -> None:
+        if args.save_model:
+            content = {
+                "phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows,
+                "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(), "market_generator": env.generator.get_state(),
+                "tracker": tracker.id if tracker else None,
+            }  # fmt: skip
+            runs.save_checkpoint(run_dir / "checkpoint.pt", content)
+
+    act, loss_function = agent.act, ppo_loss
+    if args.compile:
+        act, loss_function = torch.compile(agent.act), torch.compile(ppo_loss)
+    do_rollout = lambda: rollout(env, agent, act, args, generator)  # noqa: E731
+    do_update = lambda batch: update(agent, optimizer, batch, loss_function, args, generator)  # noqa: E731
+    if args.cudagraphs:
+        do_iteration = runs.cuda_graph(
+            lambda: do_update(do_rollout()), [agent], optimizer, [generator, env.generator], device
+        )
+    else:
+        do_iteration = lambda: do_update(do_rollout())  # noqa: E731
+
+    if checkpoint is None:
+        save(0)
+    progress = tqdm(total=num_iterations * batch_size, initial=(first - 1) * batch_size, unit="step", unit_scale=True)
+    progress.set_description("gain over Black–Scholes —")
+    clock, clock_steps = time.perf_counter(), 0
+    for iteration in range(first, num_iterations + 1):
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
+        losses = do_iteration()
+        clock_steps += batch_size
+        progress.update(batch_size)
+        if iteration not in evaluations:
+            continue
+        losses = losses.tolist()  # waits for the device, so the time below is honest
+        speed = clock_steps / (time.perf_counter() - clock)
+        named = dict(zip((f"losses/{name}" for name in LOSS_NAMES), losses, strict=True))
+        named |= {f"losses/action_std_{i}": std for i, std in enumerate(agent.actor_logstd.exp().tolist())}
+        for name, value in named.items():
+            stop_if_not_finite(name, value, iteration, run_dir)
+        for name, parameter in agent.named_parameters():
+            stop_if_not_finite(f"parameter {name}", parameter.sum().item(), iteration, run_dir)
+        gain, share, objective = validation(agent.policy)
+        row = {
+            "global_step": iteration * batch_size, "charts/objective": objective, "charts/SPS": int(speed),
+            "charts/gain_over_black_scholes": gain, "charts/share_of_gap_closed": share,
+            "charts/learning_rate": optimizer.param_groups[0]["lr"].item(), **named,
+        }  # fmt: skip
+        metrics.write(row)
+        if tracker:
+            tracker.log(row, step=row["global_step"])
+        save(iteration)
+        gap = "" if math.isnan(share) else f" ({100 * share:.1f} % of what is possible)"
+        progress.set_description(f"gain over Black–Scholes {gain:+.4f}{gap}")
+        clock, clock_steps = time.perf_counter(), 0
+    progress.close()
+    return agent
+
+
+def stop_if_not_finite(name: str, value: float, iteration: int, run_dir: Path) -> None:
+    if not math.isfinite(value):
+        raise runs.DivergenceError(f"{name} is {value} at iteration {iteration}; last good: {run_dir}/checkpoint.pt")
+
+
+def make_validation(args: Args, model: dynamics.Dynamics, device: torch.device):
+    """Policy → gain over Black–Scholes, share of the gap closed (NaN where no optimum is known), objective, on 4,096
+    episodes apart from training and benchmark, with the noise that no policy can change taken out."""
+    env = make_env(args, model, 4096, device)
+    env.reset(seed=VALIDATION_SEED)
+    black_scholes = benchmark.play(env, baselines.black_scholes_delta(env))["objective_centred"]
+    best = math.nan
+    if optimum.has_optimum(model):
+        best = benchmark.play(env, optimum.optimal_hedge(env))["objective_centred"].mean()
+
+    def validate_policy(policy) -> tuple[float, float, float]:
+        objective = benchmark.play(env, policy)["objective_centred"]
+        gain = float((objective - black_scholes).mean())
+        gap = float(best - black_scholes.mean())
+        return gain, gain / gap if gap else math.nan, float(objective.mean())
+
+    return validate_policy
+
+
+# BENCHMARK
+
+
+def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: Path, device: torch.device):
+    """The agent against every baseline and the exact optimum on fresh episodes; writes report and figures."""
+    historical = isinstance(model, dynamics.Historical)
+    # On real data nothing is tuned: the baselines, like the agent, come from the model fitted before it.
+    fitted = model.garch if historical else model
+    tuning = make_env(args, fitted, 16_384, device)
+    tuning.reset(seed=TUNING_SEED)
+    minimum_variance = baselines.minimum_variance_delta(tuning)
+    families = {
+        "Whalley–Wilmott": (lambda a: baselines.whalley_wilmott(tuning, a), max(args.risk_aversion, 1e-3)),
+        "constant band": (lambda width: baselines.constant_band(tuning, width), 0.05),
+        "Zakamouline": (lambda a: baselines.zakamouline(tuning, a), max(args.risk_aversion, 1e-3)),
+    }
+    moves_with_spot = bool(fitted.return_volatility_covariance(torch.ones(1)) != 0)
+    if moves_with_spot:  # elsewhere it is the Black–Scholes delta
+        families["min-variance band"] = (lambda w: baselines.constant_band(tuning, w, minimum_variance), 0.05)
+    contestants = {
+        "agent": agent.policy,
+        "Black–Scholes delta": baselines.black_scholes_delta(tuning),
+        "Leland": baselines.leland(tuning),
+    }
+    settings = {"dynamics": args.dynamics, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
+    settings |= {"num_steps": args.num_steps, "seed of the run": args.seed, "training steps": args.total_timesteps}
+    for name, (family, start) in families.items():
+        parameter = benchmark.tune(tuning, family, start)
+        contestants[f"{name}, tuned"] = family(parameter)
+        settings[f"{name}, tuned parameter (seed {TUNING_SEED})"] = parameter
+    if moves_with_spot:
+        contestants["minimum-variance delta"] = minimum_variance
+    exact = None
+    if optimum.has_optimum(fitted):
+        exact = optimum.optimal_hedge(tuning)
+        contestants["optimum of the garch model" if historical else "exact optimum"] = exact
+
+    num_envs = model.num_windows(args.num_steps) if historical else min(args.eval_episodes, 8192)
+    env = make_env(args, model, num_envs, device)
+    episodes = num_envs if historical else args.eval_episodes
+    settings |= {"episodes": episodes, "seed of the benchmark": "real closes" if historical else BENCHMARK_SEED}
+    played = benchmark.evaluate(env, contestants, episodes, BENCHMARK_SEED)
+    # Windows that overlap share days: blocks of two months cover the dependence.
+    result = benchmark.compare(
+        f"Phase 1, {args.dynamics}: hedge one sold call", settings, played, "agent", block=60 if historical else 1
+    )
+    tuned = [name for name in contestants if name.endswith("tuned")]
+    if args.cost_rate == 0 and not historical and isinstance(model, dynamics.GBM):
+        for name in ("exact optimum", "Black–Scholes delta"):  # all the same when trading is free
+            difference = result.advantages[name].mean
+            limit = 3 * max(result.rows["agent"]["objective_se"], 1e-6)
+            result.require(f"agrees with {name}", abs(difference) <= limit, f"{difference:+.5f}, within ±{limit:.5f}")
+    else:
+        for name in ["Black–Scholes delta"] + [name for name in tuned if not name.startswith("min-variance")]:
+            result.require_advantage(name)
+        if exact is not None and not historical:
+            objectives = [played[name]["objective"] for name in ("agent", "Black–Scholes delta", "exact optimum")]
+            share = benchmark.gap_closed(*objectives)
+            result.shares["gap Black–Scholes → exact optimum closed"] = share
+            result.require("closes 97 % of the gap", share.mean >= 0.97, f"{100 * share.mean:.2f} %")
+            settings["objective predicted by dynamic programming"] = exact.value
+    if historical:
+        days = model.dates[[1, -1]]
+        settings["period"] = f"{days[0]} to {days[1]}, returns demeaned"
+        separate = {
+            name: {measure: sample[:: args.num_steps] for measure, sample in episodes_.items()}
+            for name, episodes_ in played.items()
+        }
+        title = f"{result.title}, non-overlapping windows only"
+        benchmark.compare(title, {"windows": len(separate["agent"]["pnl"])}, separate, "agent").write(
+            run_dir, "benchmark_non_overlapping"
+        )
+    result.write(run_dir)
+    draw_figures(args, fitted, agent, run_dir, device, played, result, exact, contestants)
+    return result
+
+
+def draw_figures(args, fitted, agent, run_dir: Path, device, played, result, exact, contestants) -> None:
+    """Learning curve (where the run folder has one), learnt and exact no-trade band, P&L distributions."""
+    subtitle = f"{args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g}"
+    best_name = next((name for name in contestants if "optimum" in name), "Whalley–Wilmott, tuned")
+    curve = runs.read_metrics(run_dir / "metrics.csv")
+    if curve:
+        # The curve is centred (no ΔW); put it on the benchmark's scale by what Black–Scholes earns there.
+        base = result.rows["Black–Scholes delta"]["objective"]
+        levels = {
+            name: (base + result.advantages["Black–Scholes delta"].mean - result.advantages.get(name).mean, colour)
+            for name, colour in (
+                ("Black–Scholes delta", figures.BASELINE), ("Whalley–Wilmott, tuned", figures.OTHER),
+                ("constant band, tuned", "#b59a2b"), (best_name, figures.OPTIMUM),
+            )
+        }  # fmt: skip
+        figures.learning_curve(
+            run_dir / "learning_curve.png",
+            [row["global_step"] for row in curve],
+            [base + row["charts/gain_over_black_scholes"] for row in curve],
+            levels,
+            f"Phase 1 ({subtitle}): objective during training",
+            "objective of an episode (currency)",
+        )
+    env = make_env(args, fitted, 161, device)
+    reference = contestants[best_name]
+    figures.no_trade_bands(
+        run_dir / "no_trade_bands.png", env, agent.policy, reference, best_name,
+        f"Phase 1 ({subtitle}): the learnt no-trade band",
+    )  # fmt: skip
+    shown = (("agent", figures.AGENT), ("Black–Scholes delta", figures.BASELINE), (best_name, figures.OPTIMUM))
+    figures.pnl_distributions(
+        run_dir / "pnl.png", {name: (played[name]["pnl"], colour) for name, colour in shown},
+        f"Phase 1 ({subtitle}): P&L on the same {len(played['agent']['pnl']):,} episodes",
+    )  # fmt: skip
+
+
+# MAIN
+
+
+def start_tracker(args: Args, run_name: str, run_id: str | None):
+    """Weights & Biases, or None. Online or offline as WANDB_MODE says."""
+    if not args.track:
+        return None
+    import wandb  # only here: a run without --track needs no account and no import
+
+    return wandb.init(
+        project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_name, id=run_id,
+        resume="allow", dir="runs", save_code=True,
+    )  # fmt: skip
+
+
+def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
+    """Benchmark table, figures, checkpoint and code to W&B."""
+    import wandb
+
+    columns = ["contestant", *next(iter(result.rows.values()))]
+    table = wandb.Table(columns=columns, data=[[name, *row.values()] for name, row in result.rows.items()])
+    tracker.log({"benchmark/table": table})
+    tracker.log({f"benchmark/{path.stem}": wandb.Image(str(path)) for path in sorted(run_dir.glob("*.png"))})
+    tracker.summary["benchmark/passed"] = result.passed
+    for name, share in result.shares.items():
+        tracker.summary[f"benchmark/{name}"] = share.mean
+    for name, advantage in result.advantages.items():
+        tracker.summary[f"benchmark/advantage over {name}"] = advantage.mean
+    if (run_dir / "checkpoint.pt").is_file():
+        artifact = wandb.Artifact(f"{PHASE}-{tracker.id}", type="model")
+        artifact.add_file(str(run_dir / "checkpoint.pt"))
+        tracker.log_artifact(artifact)
+    tracker.log_code(str(Path(__file__).parent), include_fn=lambda path: path.endswith(".py"))
+    tracker.finish()
+
+
+def main(argv) -> bool:
+    """Runs the command; True if the benchmark passed."""
+    args = runs.parse_args(Args, argv)
+    checkpoint = None
+    if args.evaluate or args.resume:
+        checkpoint = runs.load_checkpoint(args.evaluate or args.resume, PHASE)
+        known = {field.name for field in fields(Args)}
+        saved = Args(**{name: value for name, value in checkpoint["args"].items() if name in known})
+        given = runs.parse_args(Args, argv, default=replace(saved, resume=None, evaluate=None))
+        if args.resume:
+            free = ("resume", "track", "wandb_project_name", "wandb_entity", "torch_threads")
+            for name in known - set(free):
+                value, old = getattr(given, name), getattr(saved, name)
+                runs.check(value == old, f"--{name.replace('_', '-')} is {value}, but the run to resume has {old}")
+        args = given
+    validate(args)
+    model = make_dynamics(args)
+    torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    kind = "evaluate__" if args.evaluate else ""
+    run_name = f"{args.dynamics}__{args.exp_name}__{kind}{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume) if args.resume else runs.new_folder(Path("runs") / run_name)
+    runs.write_json(run_dir / "args.json", asdict(args))
+    print(f"{run_dir}: {args.dynamics}, {device}, times in trading days (252 a year), money in the currency of S = 100")
+    tracker = start_tracker(args, run_dir.name, checkpoint["tracker"] if args.resume else None)
+    if args.evaluate:
+        agent = Agent(make_env(args, model, 1, device)).to(device)
+        agent.load_state_dict(checkpoint["agent"])
+    else:
+        agent = train(args, model, run_dir, device, checkpoint, tracker)
+    result = run_benchmark(args, model, agent, run_dir, device)
+    print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")
+    if tracker:
+        finish_tracker(tracker, result, run_dir)
+    return result.passed
+
+
+if __name__ == "__main__":
+    runs.run(main)
