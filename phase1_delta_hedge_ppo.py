@@ -6,7 +6,6 @@ whole episode of every environment. All the finance is in envs/; copy this file,
 """
 
 import math
-import random
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -89,7 +88,7 @@ class Args:
     """environment steps of the whole run, over all environments"""
     num_envs: int = 1024
     """environments side by side"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """learning rate of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
@@ -126,7 +125,6 @@ def validate(args: Args) -> None:
     names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
     hint = "" if args.evaluate else "; historical with --evaluate"
     runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
-    runs.check(not (args.evaluate and args.resume), "--evaluate and --resume exclude each other")
     runs.check_range(args, 0, 10, "volatility", open_low=True)
     runs.check_range(args, 0, 0.5, "cost_rate")
     runs.check_range(args, 0, 1e6, "risk_aversion")
@@ -141,7 +139,7 @@ def validate(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     runs.check(
         batch_size % args.num_minibatches == 0 and batch_size // args.num_minibatches > 1,
-        f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size}, 2 or more each)",
+        f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size})",
     )
     runs.check_range(args, batch_size, 10**12, "total_timesteps")
     if args.history_end is not None:
@@ -314,8 +312,6 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
 
 def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.device, checkpoint: dict | None, tracker):
     """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     env = make_env(args, model, args.num_envs, device)
     agent = Agent(env).to(device)
@@ -437,7 +433,7 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
     historical = isinstance(model, dynamics.Historical)
     # On real data nothing is tuned: the baselines, like the agent, come from the model fitted before it.
     fitted = model.garch if historical else model
-    tuning = make_env(args, fitted, 16_384, device)
+    tuning = make_env(args, fitted, min(16_384, args.eval_episodes), device)
     tuning.reset(seed=TUNING_SEED)
     minimum_variance = baselines.minimum_variance_delta(tuning)
     families = {
@@ -581,9 +577,13 @@ def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
     args = runs.parse_args(Args, argv)
-    checkpoint = None
-    if args.evaluate or args.resume:
-        checkpoint = runs.load_checkpoint(args.evaluate or args.resume, PHASE)
+    checkpoint, source = None, args.evaluate or args.resume
+    runs.check(not (args.evaluate and args.resume), "--evaluate and --resume exclude each other")
+    if source:
+        needed = ["args", "agent"]
+        if args.resume:
+            needed += ["iteration", "rows", "optimizer", "generator", "market_generator", "tracker"]
+        checkpoint = runs.load_checkpoint(source, PHASE, needed)
         known = {field.name for field in fields(Args)}
         saved = Args(**{name: value for name, value in checkpoint["args"].items() if name in known})
         given = runs.parse_args(Args, argv, default=replace(saved, resume=None, evaluate=None))
@@ -597,6 +597,12 @@ def main(argv) -> bool:
     model = make_dynamics(args)
     torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    agent = Agent(make_env(args, model, 1, device)).to(device)
+    if source:
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except (RuntimeError, AttributeError, TypeError):
+            raise runs.UsageError(f"{source}: does not fit this script, its networks have other shapes") from None
 
     kind = "evaluate__" if args.evaluate else ""
     run_name = f"{args.dynamics}__{args.exp_name}__{kind}{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -604,10 +610,7 @@ def main(argv) -> bool:
     runs.write_json(run_dir / "args.json", asdict(args))
     print(f"{run_dir}: {args.dynamics}, {device}, times in trading days (252 a year), money in the currency of S = 100")
     tracker = start_tracker(args, run_dir.name, checkpoint["tracker"] if args.resume else None)
-    if args.evaluate:
-        agent = Agent(make_env(args, model, 1, device)).to(device)
-        agent.load_state_dict(checkpoint["agent"])
-    else:
+    if not args.evaluate:
         agent = train(args, model, run_dir, device, checkpoint, tracker)
     result = run_benchmark(args, model, agent, run_dir, device)
     print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")

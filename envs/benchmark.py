@@ -59,8 +59,9 @@ def evaluate(env: HedgingEnv, contestants: Mapping[str, Policy], episodes: int, 
 
 
 def tune(env: HedgingEnv, family: Callable[[float], Policy], start: float, ratio: float = 1.15) -> float:
-    """Parameter of a strategy that is best on the environment's current market: climbs the geometric grid
-    start · ratio^k until both neighbours are worse, so the result is interior by construction (80 evaluations at most).
+    """Parameter of a strategy that is best on the environment's current market.
+
+    Climbs the grid start · ratio^k until both neighbours are worse, so the result is interior by construction (80 evaluations at most).
     """
     values: dict[int, float] = {}
 
@@ -198,7 +199,7 @@ class Benchmark:
             advantage = str(self.advantages[name]) if name in self.advantages else ""
             body.append([name, advantage] + [f"{row[key]:.3f}" for key, _ in COLUMNS])
             body[-1][2] = f"{row['objective']:.4f} ± {row['objective_se']:.4f}"
-        widths = [max(len(line[i]) for line in [header] + body) for i in range(len(header))]
+        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 
         def render(cells: Sequence[str]) -> str:
             first = cells[0].ljust(widths[0])

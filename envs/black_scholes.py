@@ -78,8 +78,12 @@ def price(spot, strike, time_to_expiry, volatility, is_call=True) -> Tensor:
     """
     spot, strike, _, _, sign, d1, d2, live = _prepare(spot, strike, time_to_expiry, volatility, is_call)
     intrinsic = 0.5 * (sign * (spot - strike) + (spot - strike).abs())  # autograd gives the delta ½ at the kink
-    alive = sign * (spot * normal_cdf(sign * d1) - strike * normal_cdf(sign * d2))
-    return torch.where(live, alive.clamp(min=0), intrinsic)
+    # The out-of-the-money option, plus the intrinsic value by put–call parity: in the money, the time value would
+    # otherwise be lost in the rounding of two large terms.
+    otm = torch.where(spot <= strike, 1.0, -1.0).to(spot.dtype)
+    time_value = otm * (spot * normal_cdf(otm * d1) - strike * normal_cdf(otm * d2))
+    alive = time_value + torch.where(sign == otm, 0.0, sign * (spot - strike))
+    return torch.where(live, alive, intrinsic)
 
 
 def delta(spot, strike, time_to_expiry, volatility, is_call=True) -> Tensor:

@@ -175,8 +175,7 @@ class Heston(Dynamics):
         mean = theta + (variance - theta) * decay  # Andersen (17)
         var = variance * xi**2 * decay * (1 - decay) / kappa + theta * xi**2 * (1 - decay) ** 2 / (2 * kappa)  # (18)
         psi = var / mean**2
-        # A is the coefficient of v' in the conditional mean of S_{t+1}/S_t, (33)–(36).
-        k1 = 0.5 * dt * (kappa * rho / xi - 0.5) - rho / xi
+        # K₂, K₃ = K₄ and A, the coefficient of v' in the conditional mean of S_{t+1}/S_t, (33)–(36); K₁ drops out.
         k2 = 0.5 * dt * (kappa * rho / xi - 0.5) + rho / xi
         k3 = 0.5 * dt * (1 - rho**2)
         a_coefficient = k2 + 0.5 * k3
@@ -240,7 +239,7 @@ class Merton(Dynamics):
         """P(N = n), n = 0 … MAX_JUMPS, the last taking the tail."""
         rate = self.jump_rate * self.dt
         probabilities = [math.exp(-rate) * rate**n / math.factorial(n) for n in range(self.MAX_JUMPS)]
-        return probabilities + [max(0.0, 1.0 - sum(probabilities))]
+        return [*probabilities, max(0.0, 1.0 - sum(probabilities))]
 
     def step(self, variance, noise):
         probabilities = self.jump_probabilities()
@@ -278,16 +277,13 @@ class Historical(Dynamics):
         self.dates = dates
         growth = closes[1:] / closes[:-1]
         self.log_returns = torch.from_numpy(np.log(growth / growth.mean()))
-        history = np.diff(np.log(warm_up)) if warm_up is not None and len(warm_up) > 1 else np.zeros(0)
-        variance = torch.tensor(garch.initial_variance, dtype=torch.float64)
-        for value in torch.from_numpy(history):
-            variance = garch.next_variance(variance, value)
-        variances = [variance]
-        for value in self.log_returns:
-            # The model's shock is the log-return above its −h/2; the squared difference is 1e-4 of the variance.
-            variance = garch.next_variance(variance, value + 0.5 * variance / TRADING_DAYS)
-            variances.append(variance)
-        self.variances = torch.stack(variances)
+        # Fitted with zero mean, so the shock is the log-return as it is: the mean of the period is not known in it.
+        before = np.zeros(0) if warm_up is None else np.diff(np.log(warm_up))
+        shocks = torch.from_numpy(np.concatenate([before, np.log(growth)]))
+        variances = [torch.tensor(garch.initial_variance, dtype=torch.float64)]
+        for shock in shocks:
+            variances.append(garch.next_variance(variances[-1], shock))
+        self.variances = torch.stack(variances[len(before) :])
 
     @property
     def initial_variance(self) -> float:

@@ -11,7 +11,7 @@ from envs.baselines import Policy
 from envs.hedging import HedgingEnv
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 AGENT, BASELINE, OPTIMUM, OTHER = "#1f5fbf", "#c23b22", "#2a8f4f", "#8a8a8a"
 plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,

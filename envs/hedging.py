@@ -22,10 +22,11 @@ Tensor = torch.Tensor
 
 # Fixed scales of the observation: a policy means the same under every model of the underlying.
 REFERENCE_VOLATILITY = 0.2
+MIN_VARIANCE = 1e-6  # a variance process may touch zero; its logarithm is observed
 OBSERVATION_NAMES = (
     "time left",
     "next step's share",
-    "log-moneyness",
+    "moneyness",
     "log-volatility",
     "delta",
     "delta's step sd",
@@ -64,9 +65,9 @@ class HedgingEnv(VectorEnv):
     target, so every hedging strategy can be written in it. A negative half-width counts as 0.
 
     Observation (n, 7), see `OBSERVATION_NAMES`: share of the time left; dt/τ, the next step's share of the time that is
-    left (the best policy changes sharply just before expiry, and this says when); ln(S/K) in standard deviations of a
-    20 % volatility to the option's original expiry; ln(√v/20 %); Black–Scholes delta; Γ S √(v dt), the standard
-    deviation of the delta over the next step; net delta before the trade. `decode` returns them in natural units.
+    left (the best policy changes sharply just before expiry, and this says when); ln(S/K)/(σ√τ), the moneyness in
+    standard deviations of what is left; ln(√v/20 %); Black–Scholes delta; Γ S √(v dt), the standard deviation of the
+    delta over the next step; net delta before the trade. `decode` returns them in natural units.
 
     Expiry is termination, never truncation. There is no autoreset (`AutoresetMode.DISABLED`): call `reset` after
     `num_steps` steps. `info` holds, per step and environment: `wealth_change` ΔW (before costs), `cost`, `traded`
@@ -121,7 +122,6 @@ class HedgingEnv(VectorEnv):
         self.generator = torch.Generator(self.device)
         self.generator.seed()  # as gymnasium does: random until reset(seed=…)
         self.steps_left = torch.arange(num_steps, -1, -1, device=self.device, dtype=dtype)  # at each time
-        self.moneyness_scale = REFERENCE_VOLATILITY * (num_steps * self.dynamics.dt) ** 0.5
         self.t = num_steps  # so that step before reset is an error
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
@@ -144,18 +144,20 @@ class HedgingEnv(VectorEnv):
 
         Computes all that does not depend on actions, for all times at once, stored time first: (num_steps + 1, n).
         """
-        self.spot, self.variance = spot.T.contiguous(), variance.T.contiguous()
+        self.spot, self.variance = spot.T.contiguous(), variance.T.clamp(min=MIN_VARIANCE).contiguous()
         steps_left = self.steps_left[:, None]
         tau = steps_left * self.dynamics.dt
         self.volatility = self.dynamics.expected_average_variance(self.variance, steps_left).sqrt()
         self.mark = black_scholes.price(self.spot, self.strike, tau, self.volatility)
         self.delta = black_scholes.delta(self.spot, self.strike, tau, self.volatility)
         self.gamma = black_scholes.gamma(self.spot, self.strike, tau, self.volatility)
+        # At expiry, where nothing is left, the last step's stands in: the observation is terminal.
+        remaining_sd = self.volatility * (steps_left.clamp(min=1) * self.dynamics.dt).sqrt()
         self.features = torch.stack(
             (
                 (steps_left / self.num_steps).expand_as(self.spot),
                 steps_left.clamp(min=1).reciprocal().expand_as(self.spot),
-                black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.strike)) / self.moneyness_scale,
+                black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.strike)) / remaining_sd,
                 0.5 * torch.log(self.variance / REFERENCE_VOLATILITY**2),
                 self.delta,
                 # at expiry the gamma is no longer used, and may be infinite
@@ -181,9 +183,10 @@ class HedgingEnv(VectorEnv):
         """Observation (n, 7) → its natural units."""
         time_left, _, moneyness, log_volatility, delta, delta_sd, net_delta = observation.unbind(-1)
         steps_left = torch.round(time_left * self.num_steps)
-        spot = self.strike * torch.exp(moneyness * self.moneyness_scale)
         variance = (REFERENCE_VOLATILITY * torch.exp(log_volatility)) ** 2
         volatility = self.dynamics.expected_average_variance(variance, steps_left).sqrt()
+        remaining_sd = volatility * (steps_left.clamp(min=1) * self.dynamics.dt).sqrt()
+        spot = self.strike * torch.exp(moneyness * remaining_sd)
         gamma = delta_sd / (spot * (variance * self.dynamics.dt).sqrt())
         step = (self.num_steps - steps_left).long()
         time_to_expiry, holding = steps_left * self.dynamics.dt, net_delta - self.position * delta

@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 
 def _interpolation(grid: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cubic Lagrange interpolation on a uniform grid: nodes and weights, (4, *points.shape); constant beyond the ends."""
+    """Cubic Lagrange interpolation on a uniform grid, constant beyond it: nodes and weights, (4, *points.shape)."""
     if len(grid) == 1:
         return np.zeros((1, *points.shape), dtype=int), np.ones((1, *points.shape))
     u = np.clip((points - grid[0]) / (grid[1] - grid[0]), 0, len(grid) - 1)

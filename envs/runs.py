@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -99,9 +100,9 @@ class MetricsFile:
         kept = []
         if resume_from is not None and path.is_file():
             with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file)][:resume_from]
+                kept = list(csv.DictReader(file))[:resume_from]
         self.rows = len(kept)
-        self.file = open(path, "w", newline="")
+        self.file = open(path, "w", newline="")  # noqa: SIM115  (open as long as the run)
         self.writer = csv.DictWriter(self.file, fields)
         self.writer.writeheader()
         self.writer.writerows(kept)
@@ -120,24 +121,28 @@ def save_checkpoint(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path, phase: str, device: torch.device | str = "cpu") -> dict:
-    """Reads a checkpoint of `phase`; `path` is the file or its run folder. Never executes code from the file.
+def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) -> dict:
+    """Reads a checkpoint of `phase` onto the CPU; `path` is the file or its run folder. Never executes code from it.
 
     Raises:
-        UsageError: missing, truncated, not a checkpoint, from another phase, or a pickle with code in it.
+        UsageError: missing, truncated, not a checkpoint, from another phase, without one of the `required` entries,
+            or a pickle with code in it.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
     check(path.is_file(), f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle that is about to be refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(f"{path}: refused, it holds objects other than tensors and numbers (or is damaged)") from None
     except Exception:  # torch raises many kinds for a file that is cut off or is no archive
         raise UsageError(f"{path}: not a readable checkpoint (truncated or of another kind)") from None
     check(isinstance(content, dict) and "phase" in content, f"{path}: not a checkpoint of this project")
     check(content["phase"] == phase, f"{path}: a checkpoint of {content['phase']}, not of {phase}")
+    missing = [name for name in required if name not in content]
+    check(not missing, f"{path}: does not fit this script, it has no {', '.join(missing)}")
     return content
 
 

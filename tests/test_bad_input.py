@@ -1,0 +1,145 @@
+"""Bad input: one line that names flag or file, value and what is allowed; exit code 2; nothing written."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+import phase1_delta_hedge_ppo as phase1
+from envs import runs
+
+SCRIPT = "phase1_delta_hedge_ppo.py"
+
+
+def fails(capsys, tmp_path, monkeypatch, *flags) -> str:
+    """Runs main in an empty folder; returns the one line on stderr."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        runs.run(phase1.main)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert errors.count("\n") == 1
+    assert errors.startswith("error: ")
+    assert sorted(tmp_path.rglob("*")) == before
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dynamics", "levy"], "--dynamics is 'levy' (one of gbm, garch, heston, merton"),
+        (["--dynamics", "historical"], "historical with --evaluate"),
+        (["--volatility", -0.2], "--volatility is -0.2 (more than 0"),
+        (["--volatility", "nan"], "--volatility is nan"),
+        (["--cost-rate", -1e-3], "--cost-rate is -0.001 (at least 0"),
+        (["--risk-aversion", -1], "--risk-aversion is -1.0"),
+        (["--num-envs", 0], "--num-envs is 0 (at least 1"),
+        (["--num-envs", "many"], "--num-envs"),
+        (["--num-steps", 0], "--num-steps is 0"),
+        (["--num-minibatches", 7], "--num-minibatches is 7 (must divide num_envs × num_steps = 30720"),
+        (["--num-minibatches", 0], "--num-minibatches is 0"),
+        (["--total-timesteps", 100], "--total-timesteps is 100 (at least 30720"),
+        (["--learning-rate", 0], "--learning-rate is 0.0"),
+        (["--gamma", 1.1], "--gamma is 1.1"),
+        (["--gae-lambda", -0.1], "--gae-lambda is -0.1"),
+        (["--clip-coef", 0], "--clip-coef is 0.0"),
+        (["--eval-episodes", 1], "--eval-episodes is 1"),
+        (["--seed", -1], "--seed is -1"),
+        (["--history-end", "yesterday"], "--history-end is 'yesterday' (a day, YYYY-MM-DD)"),
+        (["--dynamics", "garch", "--history", "absent.csv"], "absent.csv: no such file"),
+        (["--dynamics", "garch", "--history-end", "1999-03-01"], "too few to fit garch (at least 500)"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--resume", "runs/absent"], "runs/absent: no such checkpoint"),
+        (["--evaluate", "absent.pt"], "absent.pt: no such checkpoint"),
+    ],
+)
+def test_flags(capsys, tmp_path, monkeypatch, flags, message):
+    assert message in fails(capsys, tmp_path, monkeypatch, *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cudagraphs_without_a_gpu(capsys, tmp_path, monkeypatch):
+    assert "--cudagraphs needs a GPU" in fails(capsys, tmp_path, monkeypatch, "--cudagraphs")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("date,price\n2001-01-01,5\n", "line 1: no column 'close'"),
+        ("date,close\n2001-01-01,5\n2001-01-02,0\n", "line 3: close 0 is not a positive"),
+        ("date,close\n2001-01-01,5\n2001-01-02,-1\n", "line 3: close -1 is not a positive"),
+        ("date,close\n2001-01-01,5\n2001-01-02,five\n", "line 3: close 'five' is not a number"),
+        ("date,close\n2001-01-01,5\n2001-02-02,5\n", "line 3: gap of 32 days"),
+    ],
+)
+def test_history(capsys, tmp_path, monkeypatch, rows, message):
+    (tmp_path / "closes.csv").write_text(rows)
+    line = fails(capsys, tmp_path, monkeypatch, "--dynamics", "garch", "--history", "closes.csv")
+    assert f"closes.csv, {message}" in line
+
+
+class Malicious:
+    """What an attacker would put into a shared checkpoint: code that runs when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def checkpoint_file(path, kind: str) -> None:
+    args = phase1.Args()
+    agent = phase1.Agent(phase1.HedgingEnv(1))
+    content = {"phase": "phase1", "args": vars(args), "agent": agent.state_dict(), "iteration": 0, "rows": 0}
+    content |= dict.fromkeys(("optimizer", "generator", "market_generator", "tracker"))
+    if kind == "other phase":
+        torch.save({**content, "phase": "phase3"}, path)
+    elif kind == "truncated":
+        torch.save(content, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "malicious":
+        torch.save({**content, "agent": Malicious(path.parent / "owned")}, path)
+    elif kind == "raw pickle":
+        path.write_bytes(pickle.dumps(Malicious(path.parent / "owned")))
+    elif kind == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif kind == "other shape":
+        torch.save({**content, "agent": {**agent.state_dict(), "actor_logstd": torch.zeros(5)}}, path)
+    elif kind == "incomplete":
+        torch.save({"phase": "phase1"}, path)
+
+
+@pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("other phase", "a checkpoint of phase3, not of phase1"),
+        ("truncated", "not a readable checkpoint"),
+        ("empty", "not a readable checkpoint"),
+        ("text", "checkpoint"),
+        ("malicious", "refused"),
+        ("raw pickle", "refused"),
+        ("foreign", "not a checkpoint of this project"),
+        ("other shape", "does not fit"),
+        ("incomplete", "does not fit"),
+    ],
+)
+def test_checkpoints(capsys, tmp_path, monkeypatch, flag, kind, message):
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.parent.mkdir()
+    checkpoint_file(path, kind)
+    assert message in fails(capsys, tmp_path, monkeypatch, flag, path.parent)
+    assert not (path.parent / "owned").exists()
+
+
+def test_flags_that_exclude_each_other(capsys, tmp_path, monkeypatch):
+    line = fails(capsys, tmp_path, monkeypatch, "--evaluate", "a.pt", "--resume", "runs/b")
+    assert "exclude each other" in line

@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+from conftest import MODELS
+
+from envs import HedgingEnv, baselines, benchmark, black_scholes
+
+F64 = torch.float64
+
+
+def tensor(x):
+    return torch.tensor(x, dtype=F64)
+
+
+def test_whalley_wilmott_half_width():
+    gamma = black_scholes.gamma(tensor(100.0), 100.0, 0.25, 0.2)
+    assert baselines.whalley_wilmott_half_width(100.0, gamma, 1e-3, 1.0).item() == pytest.approx(0.06198337, abs=1e-8)
+
+
+def test_zakamouline_half_width():
+    args = (tensor(5000.0), tensor(0.02), tensor(0.2), tensor(0.25), 5e-4, 1.0)
+    assert baselines.zakamouline_half_width(*args).item() == pytest.approx(0.020954, abs=1e-6)
+    # hedging a short option costs, so its volatility is above the market's, and equal to it when trading is free
+    assert baselines.zakamouline_volatility(*args) > 0.2
+    assert baselines.zakamouline_volatility(*args[:4], 0.0, 1.0).item() == 0.2
+
+
+def test_leland_volatility():
+    """Holds the delta at σ√(1 + √(2/π) k/(σ√Δt)), k = 2 · cost_rate, written out for one state."""
+    env = HedgingEnv(1, cost_rate=5e-3, dtype=F64)
+    env.reset(seed=0)
+    offset, half_width = baselines.leland(env)(env.observe())[0]
+    adjusted = 0.2 * math.sqrt(1 + math.sqrt(2 / math.pi) * 0.01 / (0.2 * math.sqrt(1 / 252)))
+    target = black_scholes.delta(tensor(100.0), 100.0, 30 / 252, adjusted)
+    assert half_width == 0
+    assert offset.item() == pytest.approx((target - env.delta[0]).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_baseline_is_finite_everywhere_and_keeps_its_shape(name):
+    env = HedgingEnv(2000, MODELS[name])
+    env.reset(seed=0)
+    centre = baselines.minimum_variance_delta(env)
+    policies = [
+        baselines.black_scholes_delta(env), baselines.leland(env), centre, baselines.constant_band(env, 0.1, centre),
+        baselines.whalley_wilmott(env, 2.0, centre), baselines.zakamouline(env),
+    ]  # fmt: skip
+    for policy in policies:
+        env.replay()
+        for _ in range(env.num_steps):
+            action = policy(env.observe())
+            assert action.shape == (2000, 2)
+            assert action.isfinite().all()
+            assert (action[:, 1] >= 0).all()
+            env.step(action)
+
+
+@pytest.mark.parametrize("policy", [baselines.whalley_wilmott, baselines.leland])
+def test_free_trading_makes_it_the_black_scholes_delta(policy):
+    env = HedgingEnv(1000, cost_rate=0.0, dtype=F64)
+    env.reset(seed=0)
+    ours = benchmark.play(env, policy(env))["pnl"]
+    delta = benchmark.play(env, baselines.black_scholes_delta(env))["pnl"]
+    assert abs(ours - delta).max() < 1e-9
+
+
+def test_black_scholes_delta_holds_the_delta():
+    env = HedgingEnv(100, dtype=F64)
+    env.reset(seed=0)
+    assert benchmark.play(env, baselines.black_scholes_delta(env))["net_delta"].max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["garch", "heston"])
+def test_minimum_variance_delta_has_less_variance_step_by_step(name):
+    env = HedgingEnv(50_000, MODELS[name], cost_rate=0.0)
+    env.reset(seed=0)
+    minimum_variance = benchmark.play(env, baselines.minimum_variance_delta(env))
+    delta = benchmark.play(env, baselines.black_scholes_delta(env))
+    gain = benchmark.estimate(minimum_variance["objective_centred"] - delta["objective_centred"])
+    assert gain.low > 0  # free trading: the centred objective is −½ Σ ΔW²
+
+
+def test_minimum_variance_delta_is_black_scholes_when_volatility_does_not_move_with_the_spot():
+    for name in ("gbm", "merton"):
+        env = HedgingEnv(10, MODELS[name])
+        env.reset(seed=0)
+        assert (baselines.minimum_variance_delta(env)(env.observe()) == 0).all()
