@@ -7,7 +7,7 @@ whole episode of every environment. All the finance is in envs/; copy this file,
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from envs import HedgingEnv, baselines, benchmark, dynamics, figures, optimum, runs
+from envs import HedgingEnv, benchmark, dynamics, figures, optimum, runs
 
 Tensor = torch.Tensor
 PHASE = "phase1"  # a checkpoint is only loaded into the phase that wrote it
@@ -291,7 +291,11 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     return loss, parts
 
 
-LOSS_NAMES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+LOSS_NAMES = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac")
+METRICS = (
+    "global_step", "charts/objective", "charts/gain_over_black_scholes", "charts/share_of_gap_closed", "charts/SPS",
+    "charts/learning_rate", *LOSS_NAMES, "losses/action_std_0", "losses/action_std_1",
+)  # fmt: skip
 
 
 def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, generator: torch.Generator) -> Tensor:
@@ -327,42 +331,33 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
-    validation = make_validation(args, model, device)
-    fields_ = ["global_step", "charts/objective", "charts/gain_over_black_scholes", "charts/share_of_gap_closed"]
-    fields_ += ["charts/learning_rate", "charts/SPS"] + [f"losses/{name}" for name in LOSS_NAMES]
-    fields_ += [f"losses/action_std_{i}" for i in range(2)]
-
+    validation = benchmark.Validation(make_env(args, model, 4096, device), VALIDATION_SEED)
     first, rows = 1, None
     if checkpoint is not None:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["generator"].cpu())
-        env.generator.set_state(checkpoint["market_generator"].cpu())
+        generator.set_state(checkpoint["generator"])
+        env.generator.set_state(checkpoint["market_generator"])
         first, rows = checkpoint["iteration"] + 1, checkpoint["rows"]
-    metrics = runs.MetricsFile(run_dir / "metrics.csv", fields_, resume_from=rows)
+    metrics = runs.MetricsFile(run_dir / "metrics.csv", METRICS, resume_from=rows)
 
     def save(iteration: int) -> None:
         if args.save_model:
-            content = {
-                "phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows,
-                "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(), "market_generator": env.generator.get_state(),
-                "tracker": tracker.id if tracker else None,
-            }  # fmt: skip
+            content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
+            content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            content |= {"generator": generator.get_state(), "market_generator": env.generator.get_state()}
+            content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
-    act, loss_function = agent.act, ppo_loss
-    if args.compile:
-        act, loss_function = torch.compile(agent.act), torch.compile(ppo_loss)
-    do_rollout = lambda: rollout(env, agent, act, args, generator)  # noqa: E731
-    do_update = lambda batch: update(agent, optimizer, batch, loss_function, args, generator)  # noqa: E731
-    if args.cudagraphs:
-        do_iteration = runs.cuda_graph(
-            lambda: do_update(do_rollout()), [agent], optimizer, [generator, env.generator], device
-        )
-    else:
-        do_iteration = lambda: do_update(do_rollout())  # noqa: E731
+    act = torch.compile(agent.act) if args.compile else agent.act
+    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
+    def iterate() -> Tensor:
+        batch = rollout(env, agent, act, args, generator)
+        return update(agent, optimizer, batch, loss_function, args, generator)
+
+    if args.cudagraphs:
+        iterate = runs.cuda_graph(iterate, agent, optimizer, [generator, env.generator])
     if checkpoint is None:
         save(0)
     progress = tqdm(total=num_iterations * batch_size, initial=(first - 1) * batch_size, unit="step", unit_scale=True)
@@ -371,58 +366,29 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
     for iteration in range(first, num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
-        losses = do_iteration()
+        losses = iterate()
         clock_steps += batch_size
         progress.update(batch_size)
         if iteration not in evaluations:
             continue
-        losses = losses.tolist()  # waits for the device, so the time below is honest
-        speed = clock_steps / (time.perf_counter() - clock)
-        named = dict(zip((f"losses/{name}" for name in LOSS_NAMES), losses, strict=True))
-        named |= {f"losses/action_std_{i}": std for i, std in enumerate(agent.actor_logstd.exp().tolist())}
-        for name, value in named.items():
-            stop_if_not_finite(name, value, iteration, run_dir)
-        for name, parameter in agent.named_parameters():
-            stop_if_not_finite(f"parameter {name}", parameter.sum().item(), iteration, run_dir)
-        gain, share, objective = validation(agent.policy)
-        row = {
-            "global_step": iteration * batch_size, "charts/objective": objective, "charts/SPS": int(speed),
-            "charts/gain_over_black_scholes": gain, "charts/share_of_gap_closed": share,
-            "charts/learning_rate": optimizer.param_groups[0]["lr"].item(), **named,
-        }  # fmt: skip
+        row = {"global_step": iteration * batch_size}
+        row |= dict(zip(LOSS_NAMES, losses.tolist(), strict=True))  # waits for the device, so the speed is honest
+        row["charts/SPS"] = int(clock_steps / (time.perf_counter() - clock))
+        row["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
+        row |= {f"losses/action_std_{i}": std for i, std in enumerate(agent.actor_logstd.exp().tolist())}
+        parameters = {f"parameter {name}": p.sum().item() for name, p in agent.named_parameters()}
+        runs.check_finite({**row, **parameters}, row["global_step"], run_dir)
+        row |= validation(agent.policy)
         metrics.write(row)
         if tracker:
             tracker.log(row, step=row["global_step"])
         save(iteration)
-        gap = "" if math.isnan(share) else f" ({100 * share:.1f} % of what is possible)"
-        progress.set_description(f"gain over Black–Scholes {gain:+.4f}{gap}")
+        gain, share = row["charts/gain_over_black_scholes"], row["charts/share_of_gap_closed"]
+        possible = "" if math.isnan(share) else f" ({100 * share:.1f} % of what is possible)"
+        progress.set_description(f"gain over Black–Scholes {gain:+.4f}{possible}")
         clock, clock_steps = time.perf_counter(), 0
     progress.close()
     return agent
-
-
-def stop_if_not_finite(name: str, value: float, iteration: int, run_dir: Path) -> None:
-    if not math.isfinite(value):
-        raise runs.DivergenceError(f"{name} is {value} at iteration {iteration}; last good: {run_dir}/checkpoint.pt")
-
-
-def make_validation(args: Args, model: dynamics.Dynamics, device: torch.device):
-    """Policy → gain over Black–Scholes, share of the gap closed (NaN where no optimum is known), objective, on 4,096
-    episodes apart from training and benchmark, with the noise that no policy can change taken out."""
-    env = make_env(args, model, 4096, device)
-    env.reset(seed=VALIDATION_SEED)
-    black_scholes = benchmark.play(env, baselines.black_scholes_delta(env))["objective_centred"]
-    best = math.nan
-    if optimum.has_optimum(model):
-        best = benchmark.play(env, optimum.optimal_hedge(env))["objective_centred"].mean()
-
-    def validate_policy(policy) -> tuple[float, float, float]:
-        objective = benchmark.play(env, policy)["objective_centred"]
-        gain = float((objective - black_scholes).mean())
-        gap = float(best - black_scholes.mean())
-        return gain, gain / gap if gap else math.nan, float(objective.mean())
-
-    return validate_policy
 
 
 # BENCHMARK
@@ -435,107 +401,71 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
     fitted = model.garch if historical else model
     tuning = make_env(args, fitted, min(16_384, args.eval_episodes), device)
     tuning.reset(seed=TUNING_SEED)
-    minimum_variance = baselines.minimum_variance_delta(tuning)
-    families = {
-        "Whalley–Wilmott": (lambda a: baselines.whalley_wilmott(tuning, a), max(args.risk_aversion, 1e-3)),
-        "constant band": (lambda width: baselines.constant_band(tuning, width), 0.05),
-        "Zakamouline": (lambda a: baselines.zakamouline(tuning, a), max(args.risk_aversion, 1e-3)),
-    }
-    moves_with_spot = bool(fitted.return_volatility_covariance(torch.ones(1)) != 0)
-    if moves_with_spot:  # elsewhere it is the Black–Scholes delta
-        families["min-variance band"] = (lambda w: baselines.constant_band(tuning, w, minimum_variance), 0.05)
-    contestants = {
-        "agent": agent.policy,
-        "Black–Scholes delta": baselines.black_scholes_delta(tuning),
-        "Leland": baselines.leland(tuning),
-    }
-    settings = {"dynamics": args.dynamics, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
-    settings |= {"num_steps": args.num_steps, "seed of the run": args.seed, "training steps": args.total_timesteps}
-    for name, (family, start) in families.items():
-        parameter = benchmark.tune(tuning, family, start)
-        contestants[f"{name}, tuned"] = family(parameter)
-        settings[f"{name}, tuned parameter (seed {TUNING_SEED})"] = parameter
-    if moves_with_spot:
-        contestants["minimum-variance delta"] = minimum_variance
-    exact = None
+    classical, parameters = benchmark.hedging_baselines(tuning)
+    contestants = {"agent": agent.policy, **classical}
+    best = "Whalley–Wilmott, tuned"  # drawn as the reference where no exact optimum is known
     if optimum.has_optimum(fitted):
-        exact = optimum.optimal_hedge(tuning)
-        contestants["optimum of the garch model" if historical else "exact optimum"] = exact
+        best = "optimum of the fitted model" if historical else "exact optimum"
+        contestants[best] = optimum.optimal_hedge(tuning)
 
     num_envs = model.num_windows(args.num_steps) if historical else min(args.eval_episodes, 8192)
     env = make_env(args, model, num_envs, device)
-    episodes = num_envs if historical else args.eval_episodes
-    settings |= {"episodes": episodes, "seed of the benchmark": "real closes" if historical else BENCHMARK_SEED}
-    played = benchmark.evaluate(env, contestants, episodes, BENCHMARK_SEED)
-    # Windows that overlap share days: blocks of two months cover the dependence.
-    result = benchmark.compare(
-        f"Phase 1, {args.dynamics}: hedge one sold call", settings, played, "agent", block=60 if historical else 1
-    )
-    tuned = [name for name in contestants if name.endswith("tuned")]
-    if args.cost_rate == 0 and not historical and isinstance(model, dynamics.GBM):
-        for name in ("exact optimum", "Black–Scholes delta"):  # all the same when trading is free
-            difference = result.advantages[name].mean
-            limit = 3 * max(result.rows["agent"]["objective_se"], 1e-6)
+    played = benchmark.evaluate(env, contestants, num_envs if historical else args.eval_episodes, BENCHMARK_SEED)
+    settings = {"dynamics": args.dynamics, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
+    settings |= {"num_steps": args.num_steps, "run seed": args.seed, "training steps": args.total_timesteps}
+    settings |= {f"{name}: parameter": parameter for name, parameter in parameters.items()}
+    settings |= {"tuning seed": TUNING_SEED, "episodes": len(played["agent"]["pnl"])}
+    if historical:
+        settings |= {"windows": f"all of {args.num_steps} days, {model.dates[1]} to {model.dates[-1]}, demeaned"}
+    else:
+        settings |= {"benchmark seed": BENCHMARK_SEED}
+    # Windows that overlap share days: blocks of twice their length cover the dependence.
+    block = 2 * args.num_steps if historical else 1
+    result = benchmark.compare(f"Phase 1, {args.dynamics}: hedge one sold call", settings, played, "agent", block)
+
+    if args.cost_rate == 0 and args.dynamics == "gbm":  # trading is free: agent, optimum and delta are all the same
+        for name in ("exact optimum", "Black–Scholes delta"):
+            difference, limit = result.advantages[name].mean, 3 * result.rows["agent"]["objective_se"]
             result.require(f"agrees with {name}", abs(difference) <= limit, f"{difference:+.5f}, within ±{limit:.5f}")
     else:
-        for name in ["Black–Scholes delta"] + [name for name in tuned if not name.startswith("min-variance")]:
+        for name in ("Black–Scholes delta", "Whalley–Wilmott, tuned", "constant band, tuned", "Zakamouline, tuned"):
             result.require_advantage(name)
-        if exact is not None and not historical:
-            objectives = [played[name]["objective"] for name in ("agent", "Black–Scholes delta", "exact optimum")]
-            share = benchmark.gap_closed(*objectives)
-            result.shares["gap Black–Scholes → exact optimum closed"] = share
+    if best == "exact optimum":
+        settings["exact optimum: value predicted by dynamic programming"] = contestants[best].value
+        if args.cost_rate > 0:
+            share = benchmark.gap_closed(*(played[n]["objective"] for n in ("agent", "Black–Scholes delta", best)))
+            result.shares["gap from Black–Scholes delta to exact optimum closed"] = share
             result.require("closes 97 % of the gap", share.mean >= 0.97, f"{100 * share.mean:.2f} %")
-            settings["objective predicted by dynamic programming"] = exact.value
+    result.write(run_dir)
     if historical:
-        days = model.dates[[1, -1]]
-        settings["period"] = f"{days[0]} to {days[1]}, returns demeaned"
-        separate = {
-            name: {measure: sample[:: args.num_steps] for measure, sample in episodes_.items()}
-            for name, episodes_ in played.items()
-        }
-        title = f"{result.title}, non-overlapping windows only"
-        benchmark.compare(title, {"windows": len(separate["agent"]["pnl"])}, separate, "agent").write(
+        apart = {name: {m: x[:: args.num_steps] for m, x in sample.items()} for name, sample in played.items()}
+        separate = {**settings, "episodes": len(apart["agent"]["pnl"])}
+        benchmark.compare(f"{result.title}, non-overlapping windows", separate, apart, "agent").write(
             run_dir, "benchmark_non_overlapping"
         )
-    result.write(run_dir)
-    draw_figures(args, fitted, agent, run_dir, device, played, result, exact, contestants)
+    draw_figures(args, tuning, contestants, best, played, result, run_dir)
     return result
 
 
-def draw_figures(args, fitted, agent, run_dir: Path, device, played, result, exact, contestants) -> None:
-    """Learning curve (where the run folder has one), learnt and exact no-trade band, P&L distributions."""
-    subtitle = f"{args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g}"
-    best_name = next((name for name in contestants if "optimum" in name), "Whalley–Wilmott, tuned")
+def draw_figures(args, env: HedgingEnv, contestants, best: str, played, result, run_dir: Path) -> None:
+    """Learning curve (where the folder has one), learnt no-trade band beside the best known, P&L distributions."""
+    title = f"Phase 1 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
+    colours = {
+        "Black–Scholes delta": figures.BASELINE, "constant band, tuned": figures.OTHER,
+        "Whalley–Wilmott, tuned": figures.OTHER, best: figures.OPTIMUM,
+    }  # fmt: skip
     curve = runs.read_metrics(run_dir / "metrics.csv")
     if curve:
-        # The curve is centred (no ΔW); put it on the benchmark's scale by what Black–Scholes earns there.
-        base = result.rows["Black–Scholes delta"]["objective"]
-        levels = {
-            name: (base + result.advantages["Black–Scholes delta"].mean - result.advantages.get(name).mean, colour)
-            for name, colour in (
-                ("Black–Scholes delta", figures.BASELINE), ("Whalley–Wilmott, tuned", figures.OTHER),
-                ("constant band, tuned", "#b59a2b"), (best_name, figures.OPTIMUM),
-            )
-        }  # fmt: skip
-        figures.learning_curve(
-            run_dir / "learning_curve.png",
-            [row["global_step"] for row in curve],
-            [base + row["charts/gain_over_black_scholes"] for row in curve],
-            levels,
-            f"Phase 1 ({subtitle}): objective during training",
-            "objective of an episode (currency)",
-        )
-    env = make_env(args, fitted, 161, device)
-    reference = contestants[best_name]
+        over_delta = result.advantages["Black–Scholes delta"].mean
+        levels = {name: (over_delta - result.advantages[name].mean, colour) for name, colour in colours.items()}
+        figures.learning_curve(run_dir / "learning_curve.png", curve, levels, f"{title}: training")
     figures.no_trade_bands(
-        run_dir / "no_trade_bands.png", env, agent.policy, reference, best_name,
-        f"Phase 1 ({subtitle}): the learnt no-trade band",
+        run_dir / "no_trade_bands.png", make_env(args, env.dynamics, 161, env.device), contestants["agent"],
+        contestants[best], best, f"{title}: the learnt no-trade band",
     )  # fmt: skip
-    shown = (("agent", figures.AGENT), ("Black–Scholes delta", figures.BASELINE), (best_name, figures.OPTIMUM))
-    figures.pnl_distributions(
-        run_dir / "pnl.png", {name: (played[name]["pnl"], colour) for name, colour in shown},
-        f"Phase 1 ({subtitle}): P&L on the same {len(played['agent']['pnl']):,} episodes",
-    )  # fmt: skip
+    shown = {name: (played[name]["pnl"], colours.get(name, figures.AGENT)) for name in ("agent", *list(colours)[::3])}
+    episodes = len(played["agent"]["pnl"])
+    figures.pnl_distributions(run_dir / "pnl.png", shown, f"{title}: P&L on the same {episodes:,} episodes")
 
 
 # MAIN
@@ -576,39 +506,25 @@ def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    args = runs.parse_args(Args, argv)
-    checkpoint, source = None, args.evaluate or args.resume
-    runs.check(not (args.evaluate and args.resume), "--evaluate and --resume exclude each other")
-    if source:
-        needed = ["args", "agent"]
-        if args.resume:
-            needed += ["iteration", "rows", "optimizer", "generator", "market_generator", "tracker"]
-        checkpoint = runs.load_checkpoint(source, PHASE, needed)
-        known = {field.name for field in fields(Args)}
-        saved = Args(**{name: value for name, value in checkpoint["args"].items() if name in known})
-        given = runs.parse_args(Args, argv, default=replace(saved, resume=None, evaluate=None))
-        if args.resume:
-            free = ("resume", "track", "wandb_project_name", "wandb_entity", "torch_threads")
-            for name in known - set(free):
-                value, old = getattr(given, name), getattr(saved, name)
-                runs.check(value == old, f"--{name.replace('_', '-')} is {value}, but the run to resume has {old}")
-        args = given
+    resume_needs = ("iteration", "rows", "optimizer", "generator", "market_generator", "tracker")
+    args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)
     model = make_dynamics(args)
     torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     agent = Agent(make_env(args, model, 1, device)).to(device)
-    if source:
+    if checkpoint is not None:
         try:
             agent.load_state_dict(checkpoint["agent"])
         except (RuntimeError, AttributeError, TypeError):
+            source = args.evaluate or args.resume
             raise runs.UsageError(f"{source}: does not fit this script, its networks have other shapes") from None
 
-    kind = "evaluate__" if args.evaluate else ""
-    run_name = f"{args.dynamics}__{args.exp_name}__{kind}{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume) if args.resume else runs.new_folder(Path("runs") / run_name)
+    name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
+    name = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume) if args.resume else runs.new_folder(Path("runs") / name)
     runs.write_json(run_dir / "args.json", asdict(args))
-    print(f"{run_dir}: {args.dynamics}, {device}, times in trading days (252 a year), money in the currency of S = 100")
+    print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
     tracker = start_tracker(args, run_dir.name, checkpoint["tracker"] if args.resume else None)
     if not args.evaluate:
         agent = train(args, model, run_dir, device, checkpoint, tracker)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from envs import baselines, optimum
 from envs.baselines import Policy
 from envs.hedging import HedgingEnv
 from envs.runs import write_json
@@ -61,7 +62,8 @@ def evaluate(env: HedgingEnv, contestants: Mapping[str, Policy], episodes: int, 
 def tune(env: HedgingEnv, family: Callable[[float], Policy], start: float, ratio: float = 1.15) -> float:
     """Parameter of a strategy that is best on the environment's current market.
 
-    Climbs the grid start · ratio^k until both neighbours are worse, so the result is interior by construction (80 evaluations at most).
+    Climbs the grid start · ratio^k until both neighbours are worse, so the result is interior by construction (unless
+    80 evaluations do not suffice).
     """
     values: dict[int, float] = {}
 
@@ -77,6 +79,56 @@ def tune(env: HedgingEnv, family: Callable[[float], Policy], start: float, ratio
             break
         best = neighbour
     return start * ratio**best
+
+
+def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, float]]:
+    """Every classical hedging strategy, the bands tuned on the environment's current market.
+
+    Returns:
+        The policies by name, and the tuned parameters by the same names.
+    """
+    centre = baselines.minimum_variance_delta(env)
+    risk_aversion = max(env.risk_aversion, 1e-3)
+    policies = {"Black–Scholes delta": baselines.black_scholes_delta(env), "Leland": baselines.leland(env)}
+    families: dict[str, tuple[Callable[[float], Policy], float]] = {
+        "Whalley–Wilmott, tuned": (lambda a: baselines.whalley_wilmott(env, a), risk_aversion),
+        "Zakamouline, tuned": (lambda a: baselines.zakamouline(env, a), risk_aversion),
+        "constant band, tuned": (lambda width: baselines.constant_band(env, width), 0.05),
+    }
+    if (env.dynamics.return_volatility_covariance(torch.ones(1)) != 0).item():  # elsewhere the centre is Black–Scholes
+        policies["minimum-variance delta"] = centre
+        families["min-variance band, tuned"] = (lambda width: baselines.constant_band(env, width, centre), 0.05)
+    parameters = {name: tune(env, family, start) for name, (family, start) in families.items()}
+    policies |= {name: family(parameters[name]) for name, (family, _) in families.items()}
+    return policies, parameters
+
+
+class Validation:
+    """Watches a policy while it learns, on a few thousand episodes apart from those of training and benchmark.
+
+    Calling it with a policy gives its gain over Black–Scholes delta hedging, the share of what is possible that this is
+    (NaN where no exact optimum is known) and its objective, all without the noise that no policy can change.
+    """
+
+    def __init__(self, env: HedgingEnv, seed: int):
+        self.env = env
+        env.reset(seed=seed)
+        self.black_scholes = self._objective(baselines.black_scholes_delta(env))
+        self.best = np.nan
+        if optimum.has_optimum(env.dynamics):
+            self.best = self._objective(optimum.optimal_hedge(env))
+
+    def _objective(self, policy: Policy) -> float:
+        return float(play(self.env, policy)["objective_centred"].mean())
+
+    def __call__(self, policy: Policy) -> dict[str, float]:
+        objective = self._objective(policy)
+        gain, gap = objective - self.black_scholes, self.best - self.black_scholes
+        return {
+            "charts/objective": objective,
+            "charts/gain_over_black_scholes": gain,
+            "charts/share_of_gap_closed": gain / gap if gap else np.nan,
+        }
 
 
 @dataclass
@@ -112,9 +164,9 @@ def estimate(sample: np.ndarray, block: int = 1, seed: int = 0) -> Estimate:
 
 
 def gap_closed(agent: np.ndarray, baseline: np.ndarray, optimum: np.ndarray) -> Estimate:
-    """Share of the way from `baseline` to `optimum` that `agent` has gone: 1 − E[optimum − agent]/E[optimum − baseline].
+    """Share of the way from `baseline` to `optimum` that `agent` has gone.
 
-    Both differences are paired; the standard error is the delta method's for a ratio of means.
+    1 − E[optimum − agent]/E[optimum − baseline], both differences paired; standard error by the delta method.
     """
     missing, gap = optimum - agent, optimum - baseline
     ratio = missing.mean() / gap.mean()

@@ -23,23 +23,27 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def learning_curve(path: Path, steps, values, levels: Mapping[str, tuple[float, str]], title: str, ylabel: str) -> None:
-    """Objective against environment steps, with horizontal lines for the contestants.
+def learning_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], title: str) -> None:
+    """Gain over the named baseline during training, with horizontal lines for the contestants.
 
     Args:
-        steps, values: the agent's curve.
-        levels: label → (level, colour), drawn as horizontal lines.
+        curve: rows of metrics.csv.
+        levels: label → (paired gain over Black–Scholes in the benchmark, colour).
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    axes.plot(np.asarray(steps) / 1e6, values, color=AGENT, marker=".", label="agent (mean action)")
+    steps = [row["global_step"] / 1e6 for row in curve]
+    gains = [row["charts/gain_over_black_scholes"] for row in curve]
+    axes.plot(steps, gains, color=AGENT, marker=".", label="agent (mean action, validation episodes)")
     for i, (label, (level, colour)) in enumerate(levels.items()):
-        axes.axhline(level, color=colour, linestyle=("--", "-.", ":", "-")[i % 4], label=f"{label} ({level:.4f})")
+        axes.axhline(level, color=colour, linestyle=("--", "-.", ":", "-")[i % 4], label=f"{label} ({level:+.4f})")
     # Early values can be far below everything of interest
-    low = min(level for level, _ in levels.values())
-    high = max([level for level, _ in levels.values()] + list(values[-1:]))
+    known = [level for level, _ in levels.values()]
+    low, high = min(known), max(*known, gains[-1])
     margin = 0.35 * max(high - low, 1e-6)
     axes.set_ylim(low - margin, high + margin)
-    axes.set(title=title, xlabel="environment steps (millions)", ylabel=ylabel)
+    axes.set(
+        title=title, xlabel="environment steps (millions)", ylabel="objective above Black–Scholes delta (currency)"
+    )
     axes.legend(loc="lower right")
     _save(figure, path)
 
@@ -81,18 +85,19 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
         )
         env.replay()
         env.t, env.holding = day, env.delta[day]  # as if hedged at the Black–Scholes delta until now
-        observation, delta, x = env.observe(), env.delta[day].cpu().numpy(), spots.cpu().numpy()
-        (lower, upper), (low, high) = (_edges(env, policy, observation) for policy in (reference, agent))
+        observation, x = env.observe(), spots.cpu().numpy()
+        (lower, upper), (low, high) = (_edges(policy, observation) for policy in (reference, agent))
         axis.fill_between(x, lower, upper, color=OPTIMUM, alpha=0.25, linewidth=0, label=f"{name}: no trade inside")
         axis.plot(x, low, color=AGENT, linewidth=1.5, label="agent: no trade between the lines")
         axis.plot(x, high, color=AGENT, linewidth=1.5)
-        axis.plot(x, delta, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta")
+        axis.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta")
+        axis.set_ylim(-0.2, 0.2)
         axis.set_title(f"{left} day{'s' if left > 1 else ''} to expiry", fontsize=10)
         axis.set_xlabel("spot (currency)")
     for axis in axes.flat[len(days) :]:
         axis.set_visible(False)
     for row in axes:
-        row[0].set_ylabel("shares held against one short call")
+        row[0].set_ylabel("shares held less Black–Scholes delta")
     axes.flat[0].legend(loc="upper left", fontsize=9)
     figure.suptitle(title)
     figure.tight_layout()
@@ -100,8 +105,8 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
 
 
 @torch.no_grad()
-def _edges(env: HedgingEnv, policy: Policy, observation: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _edges(policy: Policy, observation: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper edge of the band, in shares above the Black–Scholes delta."""
     offset, half_width = policy(observation).unbind(-1)
-    centre = -env.position * env.delta[env.t] + offset
     half_width = half_width.clamp(min=0)
-    return (centre - half_width).cpu().numpy(), (centre + half_width).cpu().numpy()
+    return (offset - half_width).cpu().numpy(), (offset + half_width).cpu().numpy()

@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -61,6 +62,40 @@ def parse_args(args_class: type, argv: Sequence[str], default=None):
     lines = [line.strip("│╭╮╰╯─ \n") for line in errors.getvalue().splitlines()]
     lines = [line for line in lines if line and line != "Parsing error" and not line.startswith(("For full", "see "))]
     raise UsageError(" ".join(lines))
+
+
+def parse_command(args_class: type, argv: Sequence[str], phase: str, resume_needs: Sequence[str]):
+    """Parses a phase's command line, whose dataclass has `evaluate` and `resume`: (args, checkpoint or None).
+
+    With either of them the saved run's arguments are the defaults. A resumed run must be the same run, so only what
+    does not change its numbers may be given anew; an evaluation may differ in anything.
+
+    Raises:
+        UsageError: bad flags, a checkpoint that cannot be used, or a flag that contradicts the run to resume.
+    """
+    args = parse_args(args_class, argv)
+    check(not (args.evaluate and args.resume), "--evaluate and --resume exclude each other")
+    source = args.evaluate or args.resume
+    if not source:
+        return args, None
+    checkpoint = load_checkpoint(source, phase, ["args", "agent", *(resume_needs if args.resume else ())])
+    known = {field.name for field in fields(args_class)}
+    saved = args_class(**{name: value for name, value in checkpoint["args"].items() if name in known})
+    saved.resume = saved.evaluate = None
+    args = parse_args(args_class, argv, default=saved)
+    if args.resume:
+        check(Path(args.resume).is_dir(), f"--resume is {args.resume} (a run folder)")
+        for name in sorted(known - {"resume", "track", "wandb_project_name", "wandb_entity", "torch_threads"}):
+            new, old = getattr(args, name), getattr(saved, name)
+            check(new == old, f"--{name.replace('_', '-')} is {new}, but the run to resume has {old}")
+    return args, checkpoint
+
+
+def check_finite(values: dict[str, float], step: int, folder: Path) -> None:
+    """Raises `DivergenceError`, naming quantity, step and last good checkpoint, if a value is NaN or infinite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise DivergenceError(f"{name} is {value} at step {step}; last good: {folder / 'checkpoint.pt'}")
 
 
 def run(main: Callable[[Sequence[str]], bool]) -> None:
@@ -166,39 +201,39 @@ def new_folder(path: Path) -> Path:
             candidate = path.with_name(f"{path.name}-{n}")
 
 
-def cuda_graph(function: Callable, modules, optimizer, generators, device) -> Callable:
+def cuda_graph(function: Callable, module: torch.nn.Module, optimizer, generators) -> Callable:
     """Captures `function()` (no host synchronisation, fixed shapes) as one CUDA graph; returns a callable that replays
-    it and returns the same output tensors, overwritten.
+    it and returns the same output tensor, overwritten.
 
     Warming up runs the function for real, so parameters, optimiser state and generators are put back afterwards: the
-    captured run does what the eager one would have done. Generators must be registered to advance from replay to
-    replay.
+    captured run does what the eager one would have done.
     """
-    saved_modules = [{k: v.clone() for k, v in module.state_dict().items()} for module in modules]
-    saved_optimizer = {p: {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
-    saved_generators = [generator.get_state() for generator in generators]
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    parameters = {name: value.clone() for name, value in module.state_dict().items()}
+    moments = {p: {name: v.clone() for name, v in state.items()} for p, state in optimizer.state.items()}
+    states = [generator.get_state() for generator in generators]
+
+    def put_back() -> None:
+        module.load_state_dict(parameters)  # all in place: the graph knows these tensors by address
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                old = moments.get(parameter)
+                value.copy_(old[name]) if old else value.zero_()  # Adam's moments and step count start at zero
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-
+    torch.cuda.current_stream().wait_stream(stream)
+    put_back()
     graph = torch.cuda.CUDAGraph()
-    for generator, state in zip(generators, saved_generators, strict=True):
-        generator.set_state(state)
-        graph.register_generator_state(generator)
+    for generator in generators:
+        graph.register_generator_state(generator)  # or every replay would draw the same numbers
     with torch.cuda.graph(graph):
         output = function()
-    # Capturing executes nothing, but the warm-up did.
-    for module, saved in zip(modules, saved_modules, strict=True):
-        module.load_state_dict(saved)
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            old = saved_optimizer.get(parameter, {}).get(name)
-            value.zero_() if old is None else value.copy_(old)
-    for generator, state in zip(generators, saved_generators, strict=True):
-        generator.set_state(state)
+    put_back()
 
     def replay():
         graph.replay()

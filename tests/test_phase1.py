@@ -1,6 +1,5 @@
 """Phase 1 as a user runs it: short runs of the real script, and what a researcher relies on."""
 
-import csv
 import json
 import os
 import shutil
@@ -41,9 +40,9 @@ def test_smoke(script, tmp_path, name):
     named = {"agent", "Black–Scholes delta", "Leland", "Whalley–Wilmott, tuned", "constant band, tuned"}
     assert named <= set(content["rows"])
     assert ("exact optimum" in content["rows"]) == (name in ("gbm", "garch"))
-    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    rows = runs.read_metrics(folder / "metrics.csv")
     assert len(rows) == 4
-    assert int(rows[-1]["global_step"]) == 64 * 30 * 12
+    assert rows[-1]["global_step"] == 64 * 30 * 12
 
 
 def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path):
