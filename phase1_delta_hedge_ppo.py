@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -142,11 +141,6 @@ def validate(args: Args) -> None:
         f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size})",
     )
     runs.check_range(args, batch_size, 10**12, "total_timesteps")
-    if args.history_end is not None:
-        try:
-            np.datetime64(args.history_end, "D")
-        except ValueError:
-            raise runs.UsageError(f"--history-end is {args.history_end!r} (a day, YYYY-MM-DD)") from None
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
     runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
 
@@ -154,13 +148,9 @@ def validate(args: Args) -> None:
 def make_dynamics(args: Args) -> dynamics.Dynamics:
     """The model of the underlying that the flags describe; data errors become usage errors."""
     try:
-        model = dynamics.make(args.dynamics, args.volatility, args.history, args.history_end)
+        return dynamics.make(args.dynamics, args.volatility, args.history, args.history_end, args.num_steps)
     except ValueError as error:
         raise runs.UsageError(str(error)) from None
-    if isinstance(model, dynamics.Historical):
-        windows = model.num_windows(args.num_steps)
-        runs.check(windows > 1, f"--num-steps is {args.num_steps} (more than the closes after --history-end allow)")
-    return model
 
 
 def make_env(args: Args, model: dynamics.Dynamics, num_envs: int, device: torch.device) -> HedgingEnv:
@@ -428,7 +418,7 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
             difference, limit = result.advantages[name].mean, 3 * result.rows["agent"]["objective_se"]
             result.require(f"agrees with {name}", abs(difference) <= limit, f"{difference:+.5f}, within ±{limit:.5f}")
     else:
-        for name in ("Black–Scholes delta", "Whalley–Wilmott, tuned", "constant band, tuned", "Zakamouline, tuned"):
+        for name in ("Black–Scholes delta", *parameters):  # every band that was tuned
             result.require_advantage(name)
     if best == "exact optimum":
         settings["exact optimum: value predicted by dynamic programming"] = contestants[best].value
@@ -443,29 +433,9 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
         benchmark.compare(f"{result.title}, non-overlapping windows", separate, apart, "agent").write(
             run_dir, "benchmark_non_overlapping"
         )
-    draw_figures(args, tuning, contestants, best, played, result, run_dir)
-    return result
-
-
-def draw_figures(args, env: HedgingEnv, contestants, best: str, played, result, run_dir: Path) -> None:
-    """Learning curve (where the folder has one), learnt no-trade band beside the best known, P&L distributions."""
     title = f"Phase 1 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
-    colours = {
-        "Black–Scholes delta": figures.BASELINE, "constant band, tuned": figures.OTHER,
-        "Whalley–Wilmott, tuned": figures.OTHER, best: figures.OPTIMUM,
-    }  # fmt: skip
-    curve = runs.read_metrics(run_dir / "metrics.csv")
-    if curve:
-        over_delta = result.advantages["Black–Scholes delta"].mean
-        levels = {name: (over_delta - result.advantages[name].mean, colour) for name, colour in colours.items()}
-        figures.learning_curve(run_dir / "learning_curve.png", curve, levels, f"{title}: training")
-    figures.no_trade_bands(
-        run_dir / "no_trade_bands.png", make_env(args, env.dynamics, 161, env.device), contestants["agent"],
-        contestants[best], best, f"{title}: the learnt no-trade band",
-    )  # fmt: skip
-    shown = {name: (played[name]["pnl"], colours.get(name, figures.AGENT)) for name in ("agent", *list(colours)[::3])}
-    episodes = len(played["agent"]["pnl"])
-    figures.pnl_distributions(run_dir / "pnl.png", shown, f"{title}: P&L on the same {episodes:,} episodes")
+    figures.hedging_report(run_dir, title, tuning, contestants, best, played, result)
+    return result
 
 
 # MAIN

@@ -391,7 +391,13 @@ def fit_garch(closes: np.ndarray) -> GARCH:
 NAMES = ("gbm", "garch", "heston", "merton", "historical")
 
 
-def make(name: str, volatility: float = 0.2, history: str | None = None, history_end: str | None = None) -> Dynamics:
+def make(
+    name: str,
+    volatility: float = 0.2,
+    history: str | None = None,
+    history_end: str | None = None,
+    num_steps: int = 1,
+) -> Dynamics:
     """Builds a model by name.
 
     Args:
@@ -399,6 +405,7 @@ def make(name: str, volatility: float = 0.2, history: str | None = None, history
         volatility: annualised, for gbm; the other models have their own parameters.
         history: CSV of closes for garch and historical (see `load_closes`); None for the S&P 500.
         history_end: YYYY-MM-DD; garch is fitted on closes up to and including it, and historical replays those after.
+        num_steps: length of an episode, of which historical must have two windows at least.
 
     Raises:
         ValueError: unknown name or unusable data.
@@ -412,12 +419,19 @@ def make(name: str, volatility: float = 0.2, history: str | None = None, history
     if name not in NAMES:
         raise ValueError(f"unknown dynamics {name!r} (one of {', '.join(NAMES)})")
     dates, closes = load_closes(history)
-    in_sample = dates <= np.datetime64(history_end) if history_end else np.ones(len(dates), dtype=bool)
+    try:
+        last = date.fromisoformat(history_end) if history_end is not None else date.max
+    except ValueError:
+        raise ValueError(f"--history-end is {history_end!r} (a day, YYYY-MM-DD)") from None
+    in_sample = dates <= np.datetime64(last)
     garch = fit_garch(closes[in_sample])
     if name == "garch":
         return garch
-    if in_sample.all():
-        raise ValueError("historical replays the closes after --history-end, and there are none")
+    after = int((~in_sample).sum())
+    if after <= num_steps:
+        raise ValueError(
+            f"historical replays the closes after --history-end: there are {after} (more than {num_steps})"
+        )
     # The last close of the fitting period opens the first window: its return belongs to the evaluation.
     first = int(in_sample.sum()) - 1
     return Historical(closes[first:], garch, warm_up=closes[: first + 1], dates=dates[first:])

@@ -9,6 +9,7 @@ import torch
 
 from envs.baselines import Policy
 from envs.hedging import HedgingEnv
+from envs.runs import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,6 +22,29 @@ plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.25, "
 def _save(figure, path: Path) -> None:
     figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+
+
+def hedging_report(folder: Path, title: str, env: HedgingEnv, contestants, best: str, played, result) -> None:
+    """The figures of a hedging benchmark: training (if the folder has metrics.csv), no-trade band, P&L distributions.
+
+    Args:
+        env: an environment on whose model the bands are drawn.
+        contestants, played, result: policies, their episodes and the benchmark; the agent is named "agent".
+        best: the contestant that the agent is drawn beside.
+    """
+    named = "Black–Scholes delta"
+    colours = {named: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:
+        gain = result.advantages[named].mean
+        levels = {name: (gain - result.advantages[name].mean, colour) for name, colour in colours.items()}
+        learning_curve(folder / "learning_curve.png", curve, levels, f"{title}: training")
+    no_trade_bands(folder / "no_trade_bands.png", env, contestants["agent"], contestants[best], best, title)
+    pnls = {
+        name: (played[name]["pnl"], colour) for name, colour in (("agent", AGENT), (named, BASELINE), (best, OPTIMUM))
+    }
+    episodes = len(played["agent"]["pnl"])
+    pnl_distributions(folder / "pnl.png", pnls, f"{title}: P&L on the same {episodes:,} episodes")
 
 
 def learning_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], title: str) -> None:
@@ -69,9 +93,11 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
     """The learnt no-trade band beside a reference one, over the spot, one panel per time.
 
     Args:
-        env: its `num_envs` is the number of spots drawn; variance is the model's initial one.
+        env: whose market it is; the variance drawn is its model's initial one.
         agent, reference: policies; `name` says what the reference is.
     """
+    settings = {"num_steps": env.num_steps, "strike": env.strike, "cost_rate": env.cost_rate, "device": env.device}
+    env = HedgingEnv(161, env.dynamics, dtype=env.dtype, **settings)  # one row a spot
     days = sorted({0, env.num_steps // 3, env.num_steps * 2 // 3, *range(env.num_steps - 3, env.num_steps)} - {-1, -2})
     figure, axes = plt.subplots(2, -(-len(days) // 2), figsize=(12, 7.5), squeeze=False, sharey=True)
     for axis, day in zip(axes.flat, days, strict=False):
@@ -99,7 +125,7 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
     for row in axes:
         row[0].set_ylabel("shares held less Black–Scholes delta")
     axes.flat[0].legend(loc="upper left", fontsize=9)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}: the learnt no-trade band")
     figure.tight_layout()
     _save(figure, path)
 

@@ -48,7 +48,7 @@ def fails(capsys, tmp_path, monkeypatch, *flags) -> str:
         (["--clip-coef", 0], "--clip-coef is 0.0"),
         (["--eval-episodes", 1], "--eval-episodes is 1"),
         (["--seed", -1], "--seed is -1"),
-        (["--history-end", "yesterday"], "--history-end is 'yesterday' (a day, YYYY-MM-DD)"),
+        (["--dynamics", "garch", "--history-end", "yesterday"], "--history-end is 'yesterday' (a day, YYYY-MM-DD)"),
         (["--dynamics", "garch", "--history", "absent.csv"], "absent.csv: no such file"),
         (["--dynamics", "garch", "--history-end", "1999-03-01"], "too few to fit garch (at least 500)"),
         (["--no-such-flag"], "--no-such-flag"),

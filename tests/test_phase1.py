@@ -46,7 +46,7 @@ def test_smoke(script, tmp_path, name):
 
 
 def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path):
-    flags = ("--num-envs", 64, "--total-timesteps", 64 * 30 * 300, "--num-evaluations", 30, "--eval-episodes", 512)
+    flags = ("--num-envs", 64, "--total-timesteps", 64 * 30 * 120, "--num-evaluations", 30, "--eval-episodes", 512)
     first, second = tmp_path / "first", tmp_path / "second"
     folders = []
     for place in (first, second):
@@ -134,14 +134,11 @@ def test_evaluate_on_the_real_sp500(script, tmp_path):
     assert result.returncode in (0, 1), result.stderr
     folder = run_folder(tmp_path, "*evaluate*")
     content = json.loads((folder / "benchmark.json").read_text())
-    assert content["settings"]["period"].startswith("2011-01-03 to 2018-12-31")
+    assert content["settings"]["windows"] == "all of 30 days, 2011-01-03 to 2018-12-31, demeaned"
     assert content["settings"]["episodes"] == 2012 - 29
     separate = json.loads((folder / "benchmark_non_overlapping.json").read_text())
-    assert separate["settings"]["windows"] == -(-(2012 - 29) // 30)
-    # windows share 29 of 30 days, so their interval must not be that of independent episodes
-    independent = content["rows"]["agent"]["objective_se"]
-    assert content["advantages"]["Black–Scholes delta"]["se"] > 0
-    assert independent > 0
+    assert separate["settings"]["episodes"] == -(-(2012 - 29) // 30)
+    assert "optimum of the fitted model" in content["rows"]
 
 
 def test_copy_and_modify(script, tmp_path):
@@ -164,7 +161,7 @@ def test_no_phase_imports_another_and_envs_keeps_to_itself():
         text = path.read_text()
         assert not any(f"import {phase}" in text for phase in phases), path
         if path.parent.name == "envs":
-            assert "wandb" not in text, path
+            assert "import wandb" not in text, path
             assert "sys.argv" not in text or path.name == "runs.py", path
 
 
