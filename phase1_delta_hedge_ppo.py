@@ -87,7 +87,7 @@ class Args:
     """environment steps of the whole run, over all environments"""
     num_envs: int = 1024
     """environments side by side"""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     """learning rate of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
@@ -409,11 +409,13 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
         settings |= {"windows": f"all of {args.num_steps} days, {model.dates[1]} to {model.dates[-1]}, demeaned"}
     else:
         settings |= {"benchmark seed": BENCHMARK_SEED}
+    title = f"Phase 1 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
     # Windows that overlap share days: blocks of twice their length cover the dependence.
     block = 2 * args.num_steps if historical else 1
     result = benchmark.compare(f"Phase 1, {args.dynamics}: hedge one sold call", settings, played, "agent", block)
 
-    if args.cost_rate == 0 and args.dynamics == "gbm":  # trading is free: agent, optimum and delta are all the same
+    free = args.cost_rate == 0 and args.dynamics == "gbm"  # then agent, optimum and delta are all the same
+    if free:
         for name in ("exact optimum", "Black–Scholes delta"):
             difference, limit = result.advantages[name].mean, 3 * result.rows["agent"]["objective_se"]
             result.require(f"agrees with {name}", abs(difference) <= limit, f"{difference:+.5f}, within ±{limit:.5f}")
@@ -422,7 +424,7 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
             result.require_advantage(name)
     if best == "exact optimum":
         settings["exact optimum: value predicted by dynamic programming"] = contestants[best].value
-        if args.cost_rate > 0:
+        if not free:
             share = benchmark.gap_closed(*(played[n]["objective"] for n in ("agent", "Black–Scholes delta", best)))
             result.shares["gap from Black–Scholes delta to exact optimum closed"] = share
             result.require("closes 97 % of the gap", share.mean >= 0.97, f"{100 * share.mean:.2f} %")
@@ -433,7 +435,10 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
         benchmark.compare(f"{result.title}, non-overlapping windows", separate, apart, "agent").write(
             run_dir, "benchmark_non_overlapping"
         )
-    title = f"Phase 1 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
+        rivals = ("Black–Scholes delta", "Whalley–Wilmott, tuned", best, "min-variance band, tuned")
+        gains = {name: played["agent"]["objective"] - played[name]["objective"] for name in rivals if name in played}
+        starts = model.dates[: len(played["agent"]["pnl"])]
+        figures.advantage_by_date(run_dir / "advantage_by_date.png", starts, gains, f"{title}: real closes")
     figures.hedging_report(run_dir, title, tuning, contestants, best, played, result)
     return result
 
@@ -441,15 +446,15 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
 # MAIN
 
 
-def start_tracker(args: Args, run_name: str, run_id: str | None):
+def start_tracker(args: Args, run_dir: Path, run_id: str | None):
     """Weights & Biases, or None. Online or offline as WANDB_MODE says."""
     if not args.track:
         return None
     import wandb  # only here: a run without --track needs no account and no import
 
     return wandb.init(
-        project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_name, id=run_id,
-        resume="allow", dir="runs", save_code=True,
+        project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name, id=run_id,
+        resume="allow", dir=str(run_dir.parent), save_code=True,
     )  # fmt: skip
 
 
@@ -495,7 +500,7 @@ def main(argv) -> bool:
     run_dir = Path(args.resume) if args.resume else runs.new_folder(Path("runs") / name)
     runs.write_json(run_dir / "args.json", asdict(args))
     print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
-    tracker = start_tracker(args, run_dir.name, checkpoint["tracker"] if args.resume else None)
+    tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume else None)
     if not args.evaluate:
         agent = train(args, model, run_dir, device, checkpoint, tracker)
     result = run_benchmark(args, model, agent, run_dir, device)

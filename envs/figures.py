@@ -89,6 +89,26 @@ def pnl_distributions(path: Path, pnls: Mapping[str, tuple[np.ndarray, str]], ti
     _save(figure, path)
 
 
+def advantage_by_date(path: Path, dates: np.ndarray, advantages: Mapping[str, np.ndarray], title: str) -> None:
+    """Where on the calendar the agent wins: its paired advantage per window, averaged over a year of window starts.
+
+    Args:
+        dates: (n,) first day of each window.
+        advantages: contestant → agent − contestant, objective of each window (n,), currency.
+    """
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    year = min(252, len(dates))
+    for i, (name, advantage) in enumerate(advantages.items()):
+        mean = np.convolve(advantage, np.ones(year) / year, "valid")
+        axes.plot(dates[year - 1 :], mean, color=(BASELINE, OTHER, OPTIMUM, AGENT)[i % 4], label=f"agent − {name}")
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.set(
+        title=title, xlabel="last window of the year averaged starts on", ylabel="advantage in objective (currency)"
+    )
+    axes.legend(loc="best", fontsize=9)
+    _save(figure, path)
+
+
 def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy, name: str, title: str) -> None:
     """The learnt no-trade band beside a reference one, over the spot, one panel per time.
 

@@ -90,7 +90,7 @@ def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path)
     # resuming a finished run repeats its benchmark; another value of a flag would not be the same run
     result = script(SCRIPT, "--resume", two, "--learning-rate", 0.1)
     assert result.returncode == 2
-    assert result.stderr == "error: --learning-rate is 0.1, but the run to resume has 0.0015\n"
+    assert result.stderr == "error: --learning-rate is 0.1, but the run to resume has 0.001\n"
 
 
 def test_seeds_differ(tmp_path):
