@@ -6,6 +6,7 @@ whole episode of every environment. All the finance is in envs/; copy this file,
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from envs import HedgingEnv, benchmark, dynamics, figures, optimum, runs
 
 Tensor = torch.Tensor
 PHASE = "phase1"  # a checkpoint is only loaded into the phase that wrote it
-TUNING_SEED, VALIDATION_SEED, BENCHMARK_SEED = 2_000_000, 3_000_000, 1_000_000  # apart from each other and from --seed
+# Apart from each other and from --seed, which is below a million and seeds the market of training
+BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED, EXPLORATION_SEED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
 
 
 @dataclass
@@ -124,21 +126,28 @@ def validate(args: Args) -> None:
     names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
     hint = "" if args.evaluate else "; historical with --evaluate"
     runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
-    runs.check_range(args, 0, 10, "volatility", open_low=True)
+    runs.check_range(args, 1e-3, 10, "volatility")
     runs.check_range(args, 0, 0.5, "cost_rate")
     runs.check_range(args, 0, 1e6, "risk_aversion")
+    runs.check_range(args, 1, 2520, "num_steps")
+    runs.check_range(args, 2, 2**26, "eval_episodes")
+    runs.check_range(args, 1, 1024, "torch_threads")
+    if args.evaluate is not None:
+        return  # the rest is about training
+    fitted = args.dynamics == "garch"
+    runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
+    named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
+    runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
     runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
     runs.check_range(args, 0, 1, "gamma", "gae_lambda")
     runs.check_range(args, 0, 1, "clip_coef", open_low=True)
     runs.check_range(args, 0, math.inf, "ent_coef", "vf_coef")
-    runs.check_range(args, 1, 2**20, "num_envs", "num_minibatches", "update_epochs", "num_evaluations", "torch_threads")
-    runs.check_range(args, 1, 2520, "num_steps")
-    runs.check_range(args, 2, 2**26, "eval_episodes")
-    runs.check_range(args, 0, 2**31, "seed")
+    runs.check_range(args, 1, 2**20, "num_envs", "num_minibatches", "update_epochs", "num_evaluations")
+    runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
     batch_size = args.num_envs * args.num_steps
     runs.check(
         batch_size % args.num_minibatches == 0 and batch_size // args.num_minibatches > 1,
-        f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size})",
+        f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size}, > 1 each)",
     )
     runs.check_range(args, batch_size, 10**12, "total_timesteps")
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
@@ -194,8 +203,10 @@ class Agent(nn.Module):
         for _ in range(env.num_steps):
             seen.append(observation)
             observation, *_ = env.step(self.to_band(observation.new_zeros(env.num_envs, 2)))
-        self.observation_mean.copy_(torch.cat(seen).mean(0))
-        self.observation_std.copy_(torch.cat(seen).std(0) + 1e-3)
+        mean, std = torch.cat(seen).mean(0), torch.cat(seen).std(0)
+        self.observation_mean.copy_(mean)
+        # What never varies in training (gbm's volatility) must not be blown up where it differs, in another market.
+        self.observation_std.copy_(torch.where(std < 1e-2, 1.0, std))
 
     def normalise(self, observation: Tensor) -> Tensor:
         return ((observation - self.observation_mean) / self.observation_std).clamp(-10, 10)
@@ -203,7 +214,7 @@ class Agent(nn.Module):
     @staticmethod
     def to_band(raw_action: Tensor) -> Tensor:
         """Raw action (n, 2) → (centre offset, half-width) in shares; zero is a band of ±0.05 around the delta."""
-        return torch.stack((0.1 * raw_action[:, 0], 0.05 * raw_action[:, 1].clamp(-5, 5).exp()), -1)
+        return torch.stack((0.1 * raw_action[:, 0], 0.05 * raw_action[:, 1].clamp(-5, 3).exp()), -1)
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observation (n, 7), normals (n, 2) → raw action (n, 2), its log-probability and the value (n,)."""
@@ -246,8 +257,9 @@ def rollout(env: HedgingEnv, agent: Agent, act, args: Args, generator: torch.Gen
         noise = torch.randn(env.num_envs, 2, generator=generator, device=env.device)
         action, logprob, value = act(observation, noise)
         next_observation, reward, _, _, info = env.step(agent.to_band(action))
-        # Two terms of the reward do not depend on the policy, in mean: ΔW is a martingale difference, and the squared
-        # ΔW of the Black–Scholes hedge on the same path is given. Without them the optimum is the same, the noise less.
+        # Two terms of the reward do not depend on the policy, in mean: ΔW (shares earn nothing on average, and the
+        # option's mark moves as it will) and the squared ΔW of the Black–Scholes hedge on the same path. Without them
+        # the optimum is the same and the noise less.
         hedged_risk = 0.5 * env.risk_aversion * info["hedged_change"] ** 2
         reward = args.reward_scale * (reward - info["wealth_change"] + hedged_risk)
         steps.append((observation, action, logprob, reward, value))
@@ -305,7 +317,9 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
 
 
 def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.device, checkpoint: dict | None, tracker):
-    """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times."""
+    """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times.
+
+    Returns the agent and the environment steps it was trained for."""
     torch.manual_seed(args.seed)
     env = make_env(args, model, args.num_envs, device)
     agent = Agent(env).to(device)
@@ -315,20 +329,24 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
         agent.parameters(), lr=torch.tensor(args.learning_rate, device=device), eps=1e-5, fused=True,
         capturable=device.type == "cuda",
     )  # fmt: skip
-    generator = torch.Generator(device).manual_seed(args.seed)  # exploration and minibatches
+    generator = torch.Generator(device).manual_seed(args.seed + EXPLORATION_SEED)  # also shuffles minibatches
     env.generator.manual_seed(args.seed)  # the market
 
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
-    validation = benchmark.Validation(make_env(args, model, 4096, device), VALIDATION_SEED)
     first, rows = 1, None
     if checkpoint is not None:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["generator"])
-        env.generator.set_state(checkpoint["market_generator"])
-        first, rows = checkpoint["iteration"] + 1, checkpoint["rows"]
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for group in optimizer.param_groups:  # read onto the CPU, where a captured update would not see it change
+                group["lr"] = group["lr"].to(device)
+            generator.set_state(checkpoint["generator"])
+            env.generator.set_state(checkpoint["market_generator"])
+            first, rows = int(checkpoint["iteration"]) + 1, int(checkpoint["rows"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            raise runs.UsageError(f"{run_dir}: does not fit this script, or was made on another device") from None
     metrics = runs.MetricsFile(run_dir / "metrics.csv", METRICS, resume_from=rows)
 
     def save(iteration: int) -> None:
@@ -339,6 +357,9 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
             content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
+    if checkpoint is None:
+        save(0)
+    validation = benchmark.Validation(make_env(args, model, 4096, device), VALIDATION_SEED)
     act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
@@ -348,8 +369,6 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
 
     if args.cudagraphs:
         iterate = runs.cuda_graph(iterate, agent, optimizer, [generator, env.generator])
-    if checkpoint is None:
-        save(0)
     progress = tqdm(total=num_iterations * batch_size, initial=(first - 1) * batch_size, unit="step", unit_scale=True)
     progress.set_description("gain over Black–Scholes —")
     clock, clock_steps = time.perf_counter(), 0
@@ -378,13 +397,13 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
         progress.set_description(f"gain over Black–Scholes {gain:+.4f}{possible}")
         clock, clock_steps = time.perf_counter(), 0
     progress.close()
-    return agent
+    return agent, num_iterations * batch_size
 
 
 # BENCHMARK
 
 
-def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: Path, device: torch.device):
+def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, steps: int, run_dir: Path, device: torch.device):
     """The agent against every baseline and the exact optimum on fresh episodes; writes report and figures."""
     historical = isinstance(model, dynamics.Historical)
     # On real data nothing is tuned: the baselines, like the agent, come from the model fitted before it.
@@ -402,11 +421,12 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
     env = make_env(args, model, num_envs, device)
     played = benchmark.evaluate(env, contestants, num_envs if historical else args.eval_episodes, BENCHMARK_SEED)
     settings = {"dynamics": args.dynamics, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
-    settings |= {"num_steps": args.num_steps, "run seed": args.seed, "training steps": args.total_timesteps}
+    settings |= {"num_steps": args.num_steps, "run seed": args.seed, "training steps": steps}
     settings |= {f"{name}: parameter": parameter for name, parameter in parameters.items()}
     settings |= {"tuning seed": TUNING_SEED, "episodes": len(played["agent"]["pnl"])}
     if historical:
         settings |= {"windows": f"all of {args.num_steps} days, {model.dates[1]} to {model.dates[-1]}, demeaned"}
+        settings |= {"closes": args.history or "S&P 500", "model fitted until": str(model.dates[0])}
     else:
         settings |= {"benchmark seed": BENCHMARK_SEED}
     title = f"Phase 1 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
@@ -422,6 +442,9 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
     else:
         for name in ("Black–Scholes delta", *parameters):  # every band that was tuned
             result.require_advantage(name)
+    if not historical:
+        enough = args.eval_episodes >= 8192
+        result.require("has 8,192 episodes or more", enough, f"{args.eval_episodes:,}")
     if best == "exact optimum":
         settings["exact optimum: value predicted by dynamic programming"] = contestants[best].value
         if not free:
@@ -432,14 +455,17 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, run_dir: P
     if historical:
         apart = {name: {m: x[:: args.num_steps] for m, x in sample.items()} for name, sample in played.items()}
         separate = {**settings, "episodes": len(apart["agent"]["pnl"])}
-        benchmark.compare(f"{result.title}, non-overlapping windows", separate, apart, "agent").write(
-            run_dir, "benchmark_non_overlapping"
-        )
+        apart = benchmark.compare(f"{result.title}, non-overlapping windows", separate, apart, "agent")
+        for name in ("Black–Scholes delta", *parameters):
+            apart.require_advantage(name)
+        apart.write(run_dir, "benchmark_non_overlapping")
         rivals = ("Black–Scholes delta", "Whalley–Wilmott, tuned", best, "min-variance band, tuned")
         gains = {name: played["agent"]["objective"] - played[name]["objective"] for name in rivals if name in played}
         starts = model.dates[: len(played["agent"]["pnl"])]
         figures.advantage_by_date(run_dir / "advantage_by_date.png", starts, gains, f"{title}: real closes")
-    figures.hedging_report(run_dir, title, tuning, contestants, best, played, result)
+    validation = make_env(args, fitted, 4096, device)
+    validation.reset(seed=VALIDATION_SEED)
+    figures.hedging_report(run_dir, title, validation, contestants, best, played)
     return result
 
 
@@ -452,10 +478,15 @@ def start_tracker(args: Args, run_dir: Path, run_id: str | None):
         return None
     import wandb  # only here: a run without --track needs no account and no import
 
-    return wandb.init(
-        project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name, id=run_id,
-        resume="allow", dir=str(run_dir.parent), save_code=True,
-    )  # fmt: skip
+    run_dir.parent.mkdir(exist_ok=True)
+    try:
+        return wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+            id=run_id, resume="allow", dir=str(run_dir.parent), save_code=True,
+        )  # fmt: skip
+    except wandb.errors.Error as error:
+        reason = str(error).splitlines()[0]
+        raise runs.UsageError(f"--track: {reason} (WANDB_MODE=offline works without an account)") from None
 
 
 def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
@@ -475,35 +506,49 @@ def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
         artifact = wandb.Artifact(f"{PHASE}-{tracker.id}", type="model")
         artifact.add_file(str(run_dir / "checkpoint.pt"))
         tracker.log_artifact(artifact)
-    tracker.log_code(str(Path(__file__).parent), include_fn=lambda path: path.endswith(".py"))
+    here = Path(__file__).parent
+    code = {here / Path(__file__).name, *(here / "envs").glob("*.py")}
+    tracker.log_code(str(here), include_fn=lambda path: Path(path) in code)
     tracker.finish()
+
+
+def load_agent(args: Args, checkpoint: dict, env: HedgingEnv) -> Agent:
+    """The agent of a checkpoint, to be evaluated in another market than it was trained in, but not on its own past."""
+    agent = Agent(env).to(env.device)
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except (RuntimeError, AttributeError, TypeError):
+        raise runs.UsageError(f"{args.evaluate}: does not fit this script, its networks have other shapes") from None
+    runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{args.evaluate}: NaN in its networks")
+    trained = checkpoint["args"]
+    if args.dynamics == "historical" and trained["dynamics"] == "garch":
+        seen = trained["history_end"] or "their end"
+        apart = trained["history"] == args.history and seen <= str(args.history_end)
+        runs.check(apart, f"--history-end is {args.history_end}, but the agent was trained on closes until {seen}")
+    return agent
 
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("iteration", "rows", "optimizer", "generator", "market_generator", "tracker")
+    resume_needs = ("rows", "optimizer", "generator", "market_generator", "tracker")
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)
     model = make_dynamics(args)
     torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    agent = Agent(make_env(args, model, 1, device)).to(device)
-    if checkpoint is not None:
-        try:
-            agent.load_state_dict(checkpoint["agent"])
-        except (RuntimeError, AttributeError, TypeError):
-            source = args.evaluate or args.resume
-            raise runs.UsageError(f"{source}: does not fit this script, its networks have other shapes") from None
-
     name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
-    name = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume) if args.resume else runs.new_folder(Path("runs") / name)
-    runs.write_json(run_dir / "args.json", asdict(args))
+    run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+    if args.evaluate is not None:
+        agent = load_agent(args, checkpoint, make_env(args, model, 1, device))
+        steps = checkpoint["args"]["num_envs"] * checkpoint["args"]["num_steps"] * checkpoint["iteration"]
+    tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
+    if args.resume is None:
+        run_dir = runs.new_folder(run_dir)
+        runs.write_json(run_dir / "args.json", asdict(args))
     print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
-    tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume else None)
-    if not args.evaluate:
-        agent = train(args, model, run_dir, device, checkpoint, tracker)
-    result = run_benchmark(args, model, agent, run_dir, device)
+    if args.evaluate is None:
+        agent, steps = train(args, model, run_dir, device, checkpoint, tracker)
+    result = run_benchmark(args, model, agent, steps, run_dir, device)
     print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")
     if tracker:
         finish_tracker(tracker, result, run_dir)
@@ -511,4 +556,4 @@ def main(argv) -> bool:
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    runs.run(main, sys.argv[1:])

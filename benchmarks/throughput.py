@@ -40,7 +40,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of torch"""
     peers: bool = False
-    """also measure Stable-Baselines3's PPO on OptionHedging-v0 at the same rollout, minibatch and epochs"""
+    """also measure Stable-Baselines3's PPO on the same batched market, with the same rollout, minibatches and epochs"""
 
 
 def phase1_speed(args: Args, num_envs: int, mode: str) -> float:
@@ -67,6 +67,8 @@ def environment_speed(num_envs: int) -> float:
     action = torch.full((num_envs, 2), 0.05, device=device)
     for repeat in range(13):
         if repeat == 3:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
         env.reset(seed=repeat)
         for _ in range(env.num_steps):

@@ -114,20 +114,21 @@ class Validation:
         self.env = env
         env.reset(seed=seed)
         self.black_scholes = self._objective(baselines.black_scholes_delta(env))
-        self.best = np.nan
+        self.gap = np.nan
         if optimum.has_optimum(env.dynamics):
-            self.best = self._objective(optimum.optimal_hedge(env))
+            gap = estimate(self._objective(optimum.optimal_hedge(env)) - self.black_scholes)
+            self.gap = gap.mean if gap.low > 0 else np.nan  # a share of nothing is not a number
 
-    def _objective(self, policy: Policy) -> float:
-        return float(play(self.env, policy)["objective_centred"].mean())
+    def _objective(self, policy: Policy) -> np.ndarray:
+        return play(self.env, policy)["objective_centred"]
 
     def __call__(self, policy: Policy) -> dict[str, float]:
         objective = self._objective(policy)
-        gain, gap = objective - self.black_scholes, self.best - self.black_scholes
+        gain = float((objective - self.black_scholes).mean())
         return {
-            "charts/objective": objective,
+            "charts/objective": float(objective.mean()),
             "charts/gain_over_black_scholes": gain,
-            "charts/share_of_gap_closed": gain / gap if gap else np.nan,
+            "charts/share_of_gap_closed": gain / self.gap,
         }
 
 
@@ -152,6 +153,8 @@ def estimate(sample: np.ndarray, block: int = 1, seed: int = 0) -> Estimate:
             windows: circular block bootstrap (Politis & Romano 1992) of blocks of this length, 2,000 resamples.
     """
     mean = float(sample.mean())
+    if block > max(1, len(sample) / 5):
+        raise ValueError(f"{len(sample)} dependent values are too few for blocks of {block} (at least five blocks)")
     if block == 1:
         se = float(sample.std(ddof=1) / len(sample) ** 0.5)
         return Estimate(mean, se, mean - Z95 * se, mean + Z95 * se)
@@ -175,11 +178,11 @@ def gap_closed(agent: np.ndarray, baseline: np.ndarray, optimum: np.ndarray) -> 
     return Estimate(share, se, share - Z95 * se, share + Z95 * se)
 
 
-def summarise(episodes: Episodes) -> dict[str, float]:
-    """The row of a contestant: levels of its objective and risk measures, in currency unless said otherwise."""
+def summarise(episodes: Episodes, block: int = 1) -> dict[str, float]:
+    """The row of a contestant: levels of its objective and risk measures, in currency; `block` as in `estimate`."""
     pnl = episodes["pnl"]
     worst = np.sort(pnl)[: max(1, len(pnl) // 20)]
-    objective = estimate(episodes["objective"])
+    objective = estimate(episodes["objective"], block)
     return {
         "objective": objective.mean,
         "objective_se": objective.se,
@@ -286,4 +289,4 @@ def compare(title: str, settings: dict, played: Mapping[str, Episodes], agent: s
     advantages = {
         name: estimate(mine - episodes["objective"], block) for name, episodes in played.items() if name != agent
     }
-    return Benchmark(title, settings, {name: summarise(e) for name, e in played.items()}, advantages)
+    return Benchmark(title, settings, {name: summarise(e, block) for name, e in played.items()}, advantages)

@@ -36,6 +36,13 @@ def log_ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(near, torch.log1p(torch.where(near, relative, 0.0)), torch.log(a / b))
 
 
+def _like(x, reference: Tensor) -> Tensor:
+    """`x` with the dtype and device of `reference`; a number is filled in on the device, as CUDA graphs require."""
+    if isinstance(x, Tensor):
+        return x.to(reference)
+    return torch.full((), x, dtype=reference.dtype, device=reference.device)
+
+
 def _prepare(spot, strike, time_to_expiry, volatility, is_call):
     """Broadcasts the arguments; returns them with d1, d2, sign (+1 call, −1 put) and the mask of live options.
 
@@ -45,9 +52,9 @@ def _prepare(spot, strike, time_to_expiry, volatility, is_call):
     spot = torch.as_tensor(spot)
     if not spot.is_floating_point():
         spot = spot.to(torch.get_default_dtype())
-    like = {"dtype": spot.dtype, "device": spot.device}
-    strike, time_to_expiry, volatility = (torch.as_tensor(x, **like) for x in (strike, time_to_expiry, volatility))
-    sign = torch.where(torch.as_tensor(is_call, device=spot.device), 1.0, -1.0).to(spot.dtype)
+    strike, time_to_expiry, volatility, sign = (
+        _like(x, spot) for x in (strike, time_to_expiry, volatility, 2.0 * is_call - 1.0)
+    )
     spot, strike, time_to_expiry, volatility, sign = torch.broadcast_tensors(
         spot, strike, time_to_expiry, volatility, sign
     )
@@ -137,7 +144,7 @@ def implied_volatility(price_, spot, strike, time_to_expiry, is_call=True, itera
     Source: bounds and starting point as in Jäckel, *By Implication* (2006).
     """
     spot, strike, tau, _, sign, _, _, _ = _prepare(spot, strike, time_to_expiry, 1.0, is_call)
-    price_ = torch.as_tensor(price_, dtype=spot.dtype, device=spot.device)
+    price_ = _like(price_, spot)
     price_, spot, strike, tau, sign = torch.broadcast_tensors(price_, spot, strike, tau, sign)
     with torch.no_grad():
         intrinsic = (sign * (spot - strike)).clamp(min=0)

@@ -125,7 +125,7 @@ class GARCH(Dynamics):
 
     def next_variance(self, variance, shock):
         """Annualised variance after a daily shock ε (the return above its mean)."""
-        reaction = torch.where(shock < 0, self.alpha + self.gamma, self.alpha)
+        reaction = self.alpha + self.gamma * (shock < 0).to(shock.dtype)
         return TRADING_DAYS * (self.omega + reaction * shock * shock) + self.beta * variance
 
     def step(self, variance, noise):
@@ -135,8 +135,12 @@ class GARCH(Dynamics):
 
     def expected_average_variance(self, variance, num_steps):
         """v̄ + (v − v̄)(1 − p^m)/(m(1 − p))."""
-        m, p, mean = torch.as_tensor(num_steps, device=variance.device), self.persistence, self.initial_variance
-        weight = torch.where(m > 0, (1.0 - p**m) / (m.clamp(min=1) * (1.0 - p)), 1.0)
+        m, p, mean = (
+            torch.as_tensor(num_steps, device=variance.device).double(),
+            self.persistence,
+            self.initial_variance,
+        )
+        weight = torch.where(m > 0, -torch.expm1(m * math.log(p)) / (m.clamp(min=1) * (1.0 - p)), 1.0)
         return mean + (variance - mean) * weight.to(variance.dtype)
 
     def return_volatility_covariance(self, variance):
@@ -260,7 +264,7 @@ class Merton(Dynamics):
 class Historical(Dynamics):
     """Windows of real closes, for out-of-sample evaluation; variance filtered by a GARCH model fitted elsewhere.
 
-    Path i is the window that starts at close i·`stride` (row i modulo the number of windows): the noise is ignored. The
+    Path i is the window that starts at close i (modulo the number of windows): the noise is ignored. The
     simple returns of the period are divided by their mean growth, so that no drift is earned; each window is rescaled
     to the initial spot. The variance of day t uses returns before t only.
 
@@ -353,8 +357,8 @@ def load_closes(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
                     raise ValueError(f"{where}: gap of {(day - dates[-1]).days} days after {dates[-1]} (at most 14)")
                 dates.append(day)
                 closes.append(close)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path}: not a CSV file in UTF-8") from None
     if len(closes) < 2:
         raise ValueError(f"{path}: {len(closes)} closes (at least 2)")
     return np.array(dates, dtype="datetime64[D]"), np.array(closes)
@@ -367,7 +371,7 @@ def fit_garch(closes: np.ndarray) -> GARCH:
     """GJR-GARCH(1,1), zero mean, normal, fitted by `arch` to 100·log-returns of `closes` (n,).
 
     Raises:
-        ValueError: fewer than 500 closes, constant closes, or a fit that is not stationary.
+        ValueError: fewer than 500 closes, constant closes, or a fit that does not converge or is not stationary.
     """
     if len(closes) < MIN_CLOSES:
         raise ValueError(f"{len(closes)} closes are too few to fit garch (at least {MIN_CLOSES})")
@@ -379,11 +383,13 @@ def fit_garch(closes: np.ndarray) -> GARCH:
     fit = arch_model(returns, mean="Zero", vol="GARCH", p=1, o=1, q=1, rescale=False).fit(
         disp="off", show_warning=False
     )
+    if fit.convergence_flag != 0:
+        raise ValueError(f"garch does not fit these closes (the optimiser stopped with code {fit.convergence_flag})")
     p = fit.params
     garch = GARCH(
         omega=p["omega"] / 100.0**2, alpha=p["alpha[1]"], gamma=p["gamma[1]"], beta=p["beta[1]"], dt=1 / TRADING_DAYS
     )
-    if not (garch.omega > 0 and garch.persistence < 1):
+    if not (garch.omega > 0 and 0 < garch.persistence < 1 and 1e-6 < garch.initial_variance < 100):
         raise ValueError(f"the fitted garch is not stationary (persistence {garch.persistence:.4f})")
     return garch
 
@@ -405,11 +411,15 @@ def make(
         volatility: annualised, for gbm; the other models have their own parameters.
         history: CSV of closes for garch and historical (see `load_closes`); None for the S&P 500.
         history_end: YYYY-MM-DD; garch is fitted on closes up to and including it, and historical replays those after.
-        num_steps: length of an episode, of which historical must have two windows at least.
+        num_steps: length of an episode; historical needs ten of them, or no interval around its mean means anything.
 
     Raises:
         ValueError: unknown name or unusable data.
     """
+    try:
+        last = date.fromisoformat(history_end) if history_end is not None else date.max
+    except ValueError:
+        raise ValueError(f"--history-end is {history_end!r} (a day, YYYY-MM-DD)") from None
     if name == "gbm":
         return GBM(volatility)
     if name == "heston":
@@ -419,19 +429,14 @@ def make(
     if name not in NAMES:
         raise ValueError(f"unknown dynamics {name!r} (one of {', '.join(NAMES)})")
     dates, closes = load_closes(history)
-    try:
-        last = date.fromisoformat(history_end) if history_end is not None else date.max
-    except ValueError:
-        raise ValueError(f"--history-end is {history_end!r} (a day, YYYY-MM-DD)") from None
     in_sample = dates <= np.datetime64(last)
     garch = fit_garch(closes[in_sample])
     if name == "garch":
         return garch
     after = int((~in_sample).sum())
-    if after <= num_steps:
-        raise ValueError(
-            f"historical replays the closes after --history-end: there are {after} (more than {num_steps})"
-        )
+    if after < 10 * num_steps:
+        allowed = f"at least {10 * num_steps}, ten episodes"
+        raise ValueError(f"historical replays the closes after --history-end: there are {after} ({allowed})")
     # The last close of the fitting period opens the first window: its return belongs to the evaluation.
     first = int(in_sample.sum()) - 1
     return Historical(closes[first:], garch, warm_up=closes[: first + 1], dates=dates[first:])

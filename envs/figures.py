@@ -6,40 +6,48 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from envs.baselines import Policy
+from envs.benchmark import play
 from envs.hedging import HedgingEnv
 from envs.runs import read_metrics
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 AGENT, BASELINE, OPTIMUM, OTHER = "#1f5fbf", "#c23b22", "#2a8f4f", "#8a8a8a"
-plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
-                     "axes.spines.right": False, "legend.frameon": False, "font.size": 10})  # fmt: skip
+STYLE = {
+    "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "font.size": 10,
+}  # fmt: skip
+
+
+def _new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.5), **options):
+    """A figure in our style and its axes; no pyplot, so the user's backend and settings stay as they are."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size)
+        return figure, figure.subplots(rows, columns, **options)
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
 
 
-def hedging_report(folder: Path, title: str, env: HedgingEnv, contestants, best: str, played, result) -> None:
+def hedging_report(folder: Path, title: str, validation: HedgingEnv, contestants, best: str, played) -> None:
     """The figures of a hedging benchmark: training (if the folder has metrics.csv), no-trade band, P&L distributions.
 
     Args:
-        env: an environment on whose model the bands are drawn.
-        contestants, played, result: policies, their episodes and the benchmark; the agent is named "agent".
+        validation: the environment that `benchmark.Validation` watched, with its market; bands are drawn on its model.
+        contestants, played: policies and their episodes in the benchmark; the agent is named "agent".
         best: the contestant that the agent is drawn beside.
     """
     named = "Black–Scholes delta"
     colours = {named: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
     curve = read_metrics(folder / "metrics.csv")
-    if curve:
-        gain = result.advantages[named].mean
-        levels = {name: (gain - result.advantages[name].mean, colour) for name, colour in colours.items()}
+    if curve:  # the levels on the very episodes that the curve was measured on
+        levels = {name: play(validation, contestants[name])["objective_centred"].mean() for name in colours}
+        levels = {name: (level - levels[named], colours[name]) for name, level in levels.items()}
         learning_curve(folder / "learning_curve.png", curve, levels, f"{title}: training")
-    no_trade_bands(folder / "no_trade_bands.png", env, contestants["agent"], contestants[best], best, title)
+    no_trade_bands(folder / "no_trade_bands.png", validation, contestants["agent"], contestants[best], best, title)
     pnls = {
         name: (played[name]["pnl"], colour) for name, colour in (("agent", AGENT), (named, BASELINE), (best, OPTIMUM))
     }
@@ -52,9 +60,9 @@ def learning_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[flo
 
     Args:
         curve: rows of metrics.csv.
-        levels: label → (paired gain over Black–Scholes in the benchmark, colour).
+        levels: label → (paired gain over Black–Scholes on the same episodes, colour).
     """
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    figure, axes = _new()
     steps = [row["global_step"] / 1e6 for row in curve]
     gains = [row["charts/gain_over_black_scholes"] for row in curve]
     axes.plot(steps, gains, color=AGENT, marker=".", label="agent (mean action, validation episodes)")
@@ -68,13 +76,13 @@ def learning_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[flo
     axes.set(
         title=title, xlabel="environment steps (millions)", ylabel="objective above Black–Scholes delta (currency)"
     )
-    axes.legend(loc="lower right")
+    axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
 
 def pnl_distributions(path: Path, pnls: Mapping[str, tuple[np.ndarray, str]], title: str) -> None:
     """Densities of the P&L of an episode on the same episodes: label → (sample (n,), colour); CVaR95 dashed."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    figure, axes = _new()
     everything = np.concatenate([sample for sample, _ in pnls.values()])
     bins = np.linspace(*np.quantile(everything, [0.001, 0.999]), 80 if len(everything) > 20_000 else 30)
     for label, (sample, colour) in pnls.items():
@@ -85,7 +93,7 @@ def pnl_distributions(path: Path, pnls: Mapping[str, tuple[np.ndarray, str]], ti
     axes.set(title=title, xlabel="P&L of an episode (currency; dashed: mean of the worst 5 %)", ylabel="density")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1.3)
-    axes.legend(loc="upper left", fontsize=9)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
     _save(figure, path)
 
 
@@ -96,7 +104,7 @@ def advantage_by_date(path: Path, dates: np.ndarray, advantages: Mapping[str, np
         dates: (n,) first day of each window.
         advantages: contestant → agent − contestant, objective of each window (n,), currency.
     """
-    figure, axes = plt.subplots(figsize=(9, 4.5))
+    figure, axes = _new(size=(9, 4.5))
     year = min(252, len(dates))
     for i, (name, advantage) in enumerate(advantages.items()):
         mean = np.convolve(advantage, np.ones(year) / year, "valid")
@@ -105,7 +113,7 @@ def advantage_by_date(path: Path, dates: np.ndarray, advantages: Mapping[str, np
     axes.set(
         title=title, xlabel="last window of the year averaged starts on", ylabel="advantage in objective (currency)"
     )
-    axes.legend(loc="best", fontsize=9)
+    axes.legend(frameon=False, loc="best", fontsize=9)
     _save(figure, path)
 
 
@@ -119,7 +127,7 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
     settings = {"num_steps": env.num_steps, "strike": env.strike, "cost_rate": env.cost_rate, "device": env.device}
     env = HedgingEnv(161, env.dynamics, dtype=env.dtype, **settings)  # one row a spot
     days = sorted({0, env.num_steps // 3, env.num_steps * 2 // 3, *range(env.num_steps - 3, env.num_steps)} - {-1, -2})
-    figure, axes = plt.subplots(2, -(-len(days) // 2), figsize=(12, 7.5), squeeze=False, sharey=True)
+    figure, axes = _new(2, -(-len(days) // 2), (12, 7.5), squeeze=False, sharey=True)
     for axis, day in zip(axes.flat, days, strict=False):
         left = env.num_steps - day
         # ± 2 standard deviations of what is left, but at least those of a week
@@ -144,7 +152,7 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
         axis.set_visible(False)
     for row in axes:
         row[0].set_ylabel("shares held less Black–Scholes delta")
-    axes.flat[0].legend(loc="upper left", fontsize=9)
+    axes.flat[0].legend(frameon=False, loc="upper left", fontsize=9)
     figure.suptitle(f"{title}: the learnt no-trade band")
     figure.tight_layout()
     _save(figure, path)

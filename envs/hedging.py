@@ -251,10 +251,10 @@ class HedgingGymEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         observation, _ = self.env.reset(seed=seed)
-        return observation[0].cpu().numpy(), {}
+        return observation[0].float().cpu().numpy(), {}
 
     def step(self, action):
         action = torch.as_tensor(action, dtype=self.env.dtype, device=self.env.device)[None]
         observation, reward, terminated, truncated, info = self.env.step(action)
         info = {name: value.item() for name, value in info.items()}
-        return observation[0].cpu().numpy(), reward.item(), terminated.item(), truncated.item(), info
+        return observation[0].float().cpu().numpy(), reward.item(), terminated.item(), truncated.item(), info

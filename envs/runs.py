@@ -15,7 +15,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -74,34 +73,59 @@ def parse_command(args_class: type, argv: Sequence[str], phase: str, resume_need
         UsageError: bad flags, a checkpoint that cannot be used, or a flag that contradicts the run to resume.
     """
     args = parse_args(args_class, argv)
-    check(not (args.evaluate and args.resume), "--evaluate and --resume exclude each other")
-    source = args.evaluate or args.resume
-    if not source:
+    check(args.evaluate is None or args.resume is None, "--evaluate and --resume exclude each other")
+    if args.evaluate is None and args.resume is None:
         return args, None
-    checkpoint = load_checkpoint(source, phase, ["args", "agent", *(resume_needs if args.resume else ())])
-    known = {field.name for field in fields(args_class)}
-    saved = args_class(**{name: value for name, value in checkpoint["args"].items() if name in known})
+    if args.evaluate is not None:
+        checkpoint = load_checkpoint(args.evaluate, phase, ["args", "agent", "iteration"])
+        saved = saved_args(args_class, checkpoint["args"], args.evaluate)
+        saved.track = saved.cudagraphs = saved.compile = False  # of training, perhaps on another machine
+    elif not (Path(args.resume) / "checkpoint.pt").exists() and (Path(args.resume) / "args.json").exists():
+        checkpoint = None  # stopped before its first checkpoint: the same run from the start
+        content = json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8"))
+        saved = saved_args(args_class, content, args.resume)
+    else:
+        checkpoint = load_checkpoint(args.resume, phase, ["args", "agent", "iteration", *resume_needs])
+        saved = saved_args(args_class, checkpoint["args"], args.resume)
     saved.resume = saved.evaluate = None
     args = parse_args(args_class, argv, default=saved)
-    if args.resume:
+    if args.resume is not None:
         check(Path(args.resume).is_dir(), f"--resume is {args.resume} (a run folder)")
-        for name in sorted(known - {"resume", "track", "wandb_project_name", "wandb_entity", "torch_threads"}):
+        for name in sorted(set(vars(args)) - {"resume", "track", "wandb_project_name", "wandb_entity"}):
             new, old = getattr(args, name), getattr(saved, name)
             check(new == old, f"--{name.replace('_', '-')} is {new}, but the run to resume has {old}")
     return args, checkpoint
+
+
+def saved_args(args_class: type, content, source: str):
+    """The dataclass `args_class` from a saved dict; unknown names are dropped, missing ones have their defaults.
+
+    Raises:
+        UsageError: a value of another type than the default's.
+    """
+    args = args_class()
+    check(isinstance(content, dict), f"{source}: does not fit this script, its arguments are not a dict")
+    for name, default in vars(args).items():
+        value = content.get(name, default)
+        fits = value is None or isinstance(value, str) if default is None else type(value) is type(default)
+        check(fits, f"{source}: does not fit this script, its {name} is a {type(value).__name__}")
+        setattr(args, name, value)
+    return args
 
 
 def check_finite(values: dict[str, float], step: int, folder: Path) -> None:
     """Raises `DivergenceError`, naming quantity, step and last good checkpoint, if a value is NaN or infinite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise DivergenceError(f"{name} is {value} at step {step}; last good: {folder / 'checkpoint.pt'}")
+            checkpoint = folder / "checkpoint.pt"
+            good = f"last good: {checkpoint}" if checkpoint.exists() else "no checkpoint was kept (--no-save-model)"
+            raise DivergenceError(f"{name} is {value} by step {step}; {good}")
 
 
-def run(main: Callable[[Sequence[str]], bool]) -> None:
+def run(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> None:
     """Calls `main(argv)` and exits: 0 if it returns True (benchmark passed), 1 if False, else as the module says."""
     try:
-        code = 0 if main(sys.argv[1:]) else 1
+        code = 0 if main(argv) else 1
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -132,16 +156,17 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, fields: Sequence[str], resume_from: int | None = None):
-        kept = []
-        if resume_from is not None and path.is_file():
-            with open(path, newline="") as file:
-                kept = list(csv.DictReader(file))[:resume_from]
+        kept = read_metrics(path, raw=True)[:resume_from] if resume_from else []
+        check(len(kept) == (resume_from or 0), f"{path}: {len(kept)} rows, but the checkpoint has seen {resume_from}")
         self.rows = len(kept)
-        self.file = open(path, "w", newline="")  # noqa: SIM115  (open as long as the run)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(temporary, path)
+        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         self.writer = csv.DictWriter(self.file, fields)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-        self.file.flush()
 
     def write(self, row: dict) -> None:
         self.writer.writerow(row)
@@ -163,6 +188,7 @@ def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) 
         UsageError: missing, truncated, not a checkpoint, from another phase, without one of the `required` entries,
             or a pickle with code in it.
     """
+    check(str(path) != "", "no checkpoint is named after --evaluate or --resume")
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
@@ -174,19 +200,27 @@ def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) 
         raise UsageError(f"{path}: refused, it holds objects other than tensors and numbers (or is damaged)") from None
     except Exception:  # torch raises many kinds for a file that is cut off or is no archive
         raise UsageError(f"{path}: not a readable checkpoint (truncated or of another kind)") from None
-    check(isinstance(content, dict) and "phase" in content, f"{path}: not a checkpoint of this project")
+    is_ours = isinstance(content, dict) and isinstance(content.get("phase"), str)
+    check(is_ours, f"{path}: not a checkpoint of this project")
     check(content["phase"] == phase, f"{path}: a checkpoint of {content['phase']}, not of {phase}")
     missing = [name for name in required if name not in content]
     check(not missing, f"{path}: does not fit this script, it has no {', '.join(missing)}")
     return content
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.csv as numbers; empty if there is none."""
+def read_metrics(path: Path, raw: bool = False) -> list[dict]:
+    """Rows of a metrics.csv as numbers, or as the strings they are (`raw`); empty if there is none.
+
+    Raises:
+        UsageError: a damaged file.
+    """
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{k: v if raw else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, csv.Error):
+        raise UsageError(f"{path}: damaged") from None
 
 
 def new_folder(path: Path) -> Path:

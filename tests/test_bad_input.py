@@ -9,16 +9,13 @@ import torch
 import phase1_delta_hedge_ppo as phase1
 from envs import runs
 
-SCRIPT = "phase1_delta_hedge_ppo.py"
-
 
 def fails(capsys, tmp_path, monkeypatch, *flags) -> str:
     """Runs main in an empty folder; returns the one line on stderr."""
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, flags)])
     with pytest.raises(SystemExit) as stop:
-        runs.run(phase1.main)
+        runs.run(phase1.main, [*map(str, flags)])
     errors = capsys.readouterr().err
     assert stop.value.code == 2
     assert errors.count("\n") == 1
@@ -32,7 +29,7 @@ def fails(capsys, tmp_path, monkeypatch, *flags) -> str:
     [
         (["--dynamics", "levy"], "--dynamics is 'levy' (one of gbm, garch, heston, merton"),
         (["--dynamics", "historical"], "historical with --evaluate"),
-        (["--volatility", -0.2], "--volatility is -0.2 (more than 0"),
+        (["--volatility", -0.2], "--volatility is -0.2 (at least 0.001"),
         (["--volatility", "nan"], "--volatility is nan"),
         (["--cost-rate", -1e-3], "--cost-rate is -0.001 (at least 0"),
         (["--risk-aversion", -1], "--risk-aversion is -1.0"),
@@ -52,6 +49,11 @@ def fails(capsys, tmp_path, monkeypatch, *flags) -> str:
         (["--dynamics", "garch", "--history", "absent.csv"], "absent.csv: no such file"),
         (["--dynamics", "garch", "--history-end", "1999-03-01"], "too few to fit garch (at least 500)"),
         (["--no-such-flag"], "--no-such-flag"),
+        (["--history-end", "2010-12-31"], "need --dynamics garch"),
+        (["--exp-name", "../../elsewhere"], "--exp-name is '../../elsewhere' (a file name)"),
+        (["--seed", 1_000_000], "--seed is 1000000 (at least 0, at most 999999)"),
+        (["--evaluate", ""], "no checkpoint is named"),
+        (["--resume", ""], "no checkpoint is named"),
         (["--resume", "runs/absent"], "runs/absent: no such checkpoint"),
         (["--evaluate", "absent.pt"], "absent.pt: no such checkpoint"),
     ],
@@ -113,6 +115,14 @@ def checkpoint_file(path, kind: str) -> None:
         torch.save({"weights": torch.zeros(3)}, path)
     elif kind == "other shape":
         torch.save({**content, "agent": {**agent.state_dict(), "actor_logstd": torch.zeros(5)}}, path)
+    elif kind == "sound":
+        torch.save(content, path)
+    elif kind == "NaN":
+        torch.save({**content, "agent": {**agent.state_dict(), "actor_logstd": torch.full((2,), torch.nan)}}, path)
+    elif kind == "arguments of other types":
+        torch.save({**content, "args": {**vars(args), "num_envs": "many"}}, path)
+    elif kind == "arguments no dict":
+        torch.save({**content, "args": [1, 2]}, path)
     elif kind == "incomplete":
         torch.save({"phase": "phase1"}, path)
 
@@ -130,6 +140,8 @@ def checkpoint_file(path, kind: str) -> None:
         ("foreign", "not a checkpoint of this project"),
         ("other shape", "does not fit"),
         ("incomplete", "does not fit"),
+        ("arguments of other types", "its num_envs is a str"),
+        ("arguments no dict", "its arguments are not a dict"),
     ],
 )
 def test_checkpoints(capsys, tmp_path, monkeypatch, flag, kind, message):
@@ -138,6 +150,28 @@ def test_checkpoints(capsys, tmp_path, monkeypatch, flag, kind, message):
     checkpoint_file(path, kind)
     assert message in fails(capsys, tmp_path, monkeypatch, flag, path.parent)
     assert not (path.parent / "owned").exists()
+
+
+def test_evaluating_networks_of_nan(capsys, tmp_path, monkeypatch):
+    checkpoint_file(tmp_path / "checkpoint.pt", "NaN")
+    assert "NaN in its networks" in fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path)
+
+
+@pytest.mark.parametrize(("trained_until", "seen"), [(None, "their end"), ("2015-12-31", "2015-12-31")])
+def test_evaluating_on_closes_that_the_agent_was_trained_on(capsys, tmp_path, monkeypatch, trained_until, seen):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint_file(path, "sound")
+    content = torch.load(path, weights_only=True)
+    content["args"] |= {"dynamics": "garch", "history_end": trained_until}
+    torch.save(content, path)
+    flags = ("--evaluate", path, "--dynamics", "historical", "--history-end", "2010-12-31")
+    assert f"trained on closes until {seen}" in fails(capsys, tmp_path, monkeypatch, *flags)
+
+
+def test_too_few_real_closes(capsys, tmp_path, monkeypatch):
+    checkpoint_file(tmp_path / "checkpoint.pt", "sound")
+    flags = ("--evaluate", tmp_path, "--dynamics", "historical", "--history-end", "2018-11-13")
+    assert "there are 31 (at least 300, ten episodes)" in fails(capsys, tmp_path, monkeypatch, *flags)
 
 
 def test_flags_that_exclude_each_other(capsys, tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ def test_zakamouline_half_width():
     args = (tensor(5000.0), tensor(0.02), tensor(0.2), tensor(0.25), 5e-4, 1.0)
     assert baselines.zakamouline_half_width(*args).item() == pytest.approx(0.020954, abs=1e-6)
     # hedging a short option costs, so its volatility is above the market's, and equal to it when trading is free
-    assert baselines.zakamouline_volatility(*args) > 0.2
+    # 0.2 √(1 + 4.76 · 5e-4^0.78 · 0.25^−0.02 · 0.2^−0.25 · (5000² · 0.02)^0.15), worked out by hand
+    assert baselines.zakamouline_volatility(*args).item() == pytest.approx(0.2 * math.sqrt(1 + 0.139454572), abs=1e-6)
     assert baselines.zakamouline_volatility(*args[:4], 0.0, 1.0).item() == 0.2
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,7 +98,7 @@ def test_seeds_differ(tmp_path):
     weights = []
     for seed in (0, 1):
         args = phase1.Args(seed=seed, num_envs=32, total_timesteps=32 * 30 * 2, num_evaluations=1, save_model=False)
-        agent = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cpu"), None, None)
+        agent, _steps = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cpu"), None, None)
         weights.append(agent.actor_mean[0].weight)
     assert not torch.equal(*weights)
 
@@ -106,12 +107,12 @@ def test_training_improves_the_policy_and_the_agent_agrees_when_trading_is_free(
     """Half a million steps: well above the first evaluation; at zero cost the agent is as good as delta and optimum."""
     for cost_rate in (1e-3, 0.0):
         args = phase1.Args(cost_rate=cost_rate, total_timesteps=30_720 * 16, num_evaluations=4, save_model=False)
-        agent = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cpu"), None, None)
+        agent, steps = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cpu"), None, None)
         curve = [row["charts/gain_over_black_scholes"] for row in runs.read_metrics(tmp_path / "metrics.csv")]
         assert curve[-1] > curve[0]
         if cost_rate == 0.0:
             args.eval_episodes = 16_384
-            result = phase1.run_benchmark(args, dynamics.GBM(), agent, tmp_path, torch.device("cpu"))
+            result = phase1.run_benchmark(args, dynamics.GBM(), agent, steps, tmp_path, torch.device("cpu"))
             assert result.passed, result.verdict()
             assert "agrees with exact optimum" in result.verdict()
 
@@ -159,10 +160,10 @@ def test_no_phase_imports_another_and_envs_keeps_to_itself():
     phases = [path.stem for path in ROOT.glob("phase*.py")]
     for path in [*ROOT.glob("phase*.py"), *(ROOT / "envs").glob("*.py")]:
         text = path.read_text()
-        assert not any(f"import {phase}" in text for phase in phases), path
+        assert not re.search(rf"(from|import) ({'|'.join(phases)})", text), path
         if path.parent.name == "envs":
             assert "import wandb" not in text, path
-            assert "sys.argv" not in text or path.name == "runs.py", path
+            assert "sys.argv" not in text, path
 
 
 def test_track_offline(script, tmp_path):
@@ -183,7 +184,7 @@ def test_compile_gives_the_same_results(tmp_path):
     weights = []
     for compiled in (False, True):
         args.compile = compiled
-        agent = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cpu"), None, None)
+        agent, _steps = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cpu"), None, None)
         weights.append(torch.cat([p.flatten() for p in agent.parameters()]).detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
@@ -195,7 +196,7 @@ def test_cuda_graphs_give_the_same_results(tmp_path):
     weights = []
     for captured in (False, True):
         args.cudagraphs = captured
-        agent = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cuda"), None, None)
+        agent, _steps = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cuda"), None, None)
         weights.append(torch.cat([p.flatten() for p in agent.parameters()]).detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
@@ -204,7 +205,7 @@ def test_divergence_stops_the_run_and_names_the_last_checkpoint(script, tmp_path
     result = script(SCRIPT, *QUICK, "--learning-rate", 1e30)
     assert result.returncode == 3
     (line,) = [line.split("error: ")[1] for line in result.stderr.splitlines() if "error: " in line]
-    assert "iteration" in line
+    assert " by step " in line
     assert "checkpoint.pt" in line
     checkpoint = runs.load_checkpoint(run_folder(tmp_path), "phase1")
     assert all(value.isfinite().all() for value in checkpoint["agent"].values())
