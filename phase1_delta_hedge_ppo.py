@@ -16,12 +16,11 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from envs import HedgingEnv, benchmark, dynamics, figures, optimum, runs
+from envs import HedgingEnv, benchmark, dynamics, figures, runs
 
 Tensor = torch.Tensor
 PHASE = "phase1"  # a checkpoint is only loaded into the phase that wrote it
-# Apart from each other and from --seed, which is below a million and seeds the market of training
-BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED, EXPLORATION_SEED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
+EXPLORATION_SEED = 4_000_000  # added to --seed, which seeds the market and is below a million like no other seed
 
 
 @dataclass
@@ -198,7 +197,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fit_normaliser(self, env: HedgingEnv) -> None:
-        observation, _ = env.reset(seed=VALIDATION_SEED)
+        observation, _ = env.reset(seed=benchmark.VALIDATION_SEED)
         seen = []
         for _ in range(env.num_steps):
             seen.append(observation)
@@ -359,7 +358,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
 
     if checkpoint is None:
         save(0)
-    validation = benchmark.Validation(make_env(args, model, 4096, device), VALIDATION_SEED)
+    validation = benchmark.Validation(make_env(args, model, 4096, device))
     act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
@@ -405,67 +404,23 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
 
 def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, steps: int, run_dir: Path, device: torch.device):
     """The agent against every baseline and the exact optimum on fresh episodes; writes report and figures."""
-    historical = isinstance(model, dynamics.Historical)
-    # On real data nothing is tuned: the baselines, like the agent, come from the model fitted before it.
-    fitted = model.garch if historical else model
-    tuning = make_env(args, fitted, min(16_384, args.eval_episodes), device)
-    tuning.reset(seed=TUNING_SEED)
-    classical, parameters = benchmark.hedging_baselines(tuning)
-    contestants = {"agent": agent.policy, **classical}
-    best = "Whalley–Wilmott, tuned"  # drawn as the reference where no exact optimum is known
-    if optimum.has_optimum(fitted):
-        best = "optimum of the fitted model" if historical else "exact optimum"
-        contestants[best] = optimum.optimal_hedge(tuning)
-
-    num_envs = model.num_windows(args.num_steps) if historical else min(args.eval_episodes, 8192)
-    env = make_env(args, model, num_envs, device)
-    played = benchmark.evaluate(env, contestants, num_envs if historical else args.eval_episodes, BENCHMARK_SEED)
+    contest = benchmark.hedging_contest(
+        lambda model, num_envs: make_env(args, model, num_envs, device), model, agent.policy, args.eval_episodes
+    )
     settings = {"dynamics": args.dynamics, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
     settings |= {"num_steps": args.num_steps, "run seed": args.seed, "training steps": steps}
-    settings |= {f"{name}: parameter": parameter for name, parameter in parameters.items()}
-    settings |= {"tuning seed": TUNING_SEED, "episodes": len(played["agent"]["pnl"])}
-    if historical:
-        settings |= {"windows": f"all of {args.num_steps} days, {model.dates[1]} to {model.dates[-1]}, demeaned"}
+    if args.dynamics == "historical":
         settings |= {"closes": args.history or "S&P 500", "model fitted until": str(model.dates[0])}
-    else:
-        settings |= {"benchmark seed": BENCHMARK_SEED}
     title = f"Phase 1 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
-    # Windows that overlap share days: blocks of twice their length cover the dependence.
-    block = 2 * args.num_steps if historical else 1
-    result = benchmark.compare(f"Phase 1, {args.dynamics}: hedge one sold call", settings, played, "agent", block)
-
-    free = args.cost_rate == 0 and args.dynamics == "gbm"  # then agent, optimum and delta are all the same
-    if free:
-        for name in ("exact optimum", "Black–Scholes delta"):
-            difference, limit = result.advantages[name].mean, 3 * result.rows["agent"]["objective_se"]
-            result.require(f"agrees with {name}", abs(difference) <= limit, f"{difference:+.5f}, within ±{limit:.5f}")
-    else:
-        for name in ("Black–Scholes delta", *parameters):  # every band that was tuned
-            result.require_advantage(name)
-    if not historical:
-        enough = args.eval_episodes >= 8192
-        result.require("has 8,192 episodes or more", enough, f"{args.eval_episodes:,}")
-    if best == "exact optimum":
-        settings["exact optimum: value predicted by dynamic programming"] = contestants[best].value
-        if not free:
-            share = benchmark.gap_closed(*(played[n]["objective"] for n in ("agent", "Black–Scholes delta", best)))
-            result.shares["gap from Black–Scholes delta to exact optimum closed"] = share
-            result.require("closes 97 % of the gap", share.mean >= 0.97, f"{100 * share.mean:.2f} %")
+    result = benchmark.judge_hedging(title, settings, contest, share_required=0.97)
     result.write(run_dir)
-    if historical:
-        apart = {name: {m: x[:: args.num_steps] for m, x in sample.items()} for name, sample in played.items()}
-        separate = {**settings, "episodes": len(apart["agent"]["pnl"])}
-        apart = benchmark.compare(f"{result.title}, non-overlapping windows", separate, apart, "agent")
-        for name in ("Black–Scholes delta", *parameters):
-            apart.require_advantage(name)
-        apart.write(run_dir, "benchmark_non_overlapping")
-        rivals = ("Black–Scholes delta", "Whalley–Wilmott, tuned", best, "min-variance band, tuned")
-        gains = {name: played["agent"]["objective"] - played[name]["objective"] for name in rivals if name in played}
-        starts = model.dates[: len(played["agent"]["pnl"])]
-        figures.advantage_by_date(run_dir / "advantage_by_date.png", starts, gains, f"{title}: real closes")
-    validation = make_env(args, fitted, 4096, device)
-    validation.reset(seed=VALIDATION_SEED)
-    figures.hedging_report(run_dir, title, validation, contestants, best, played)
+    if args.dynamics == "historical":
+        apart = contest.non_overlapping(args.num_steps)
+        benchmark.judge_hedging(f"{title}, non-overlapping windows", settings, apart).write(
+            run_dir, "benchmark_non_overlapping"
+        )
+        figures.advantage_by_date(run_dir / "advantage_by_date.png", model.dates, contest, title)
+    figures.hedging_report(run_dir, title, contest)
     return result
 
 

@@ -5,7 +5,7 @@ their confidence intervals are far narrower than those of the levels. Intervals 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,15 @@ import torch
 
 from envs import baselines, optimum
 from envs.baselines import Policy
+from envs.dynamics import GBM, Dynamics, Historical
 from envs.hedging import HedgingEnv
 from envs.runs import write_json
 
 Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
 Z95 = 1.959964
+
+# Apart from each other and from the seeds of training, which are below a million
+BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED = 1_000_000, 2_000_000, 3_000_000
 
 
 @torch.no_grad()
@@ -110,9 +114,9 @@ class Validation:
     (NaN where no exact optimum is known) and its objective, all without the noise that no policy can change.
     """
 
-    def __init__(self, env: HedgingEnv, seed: int):
+    def __init__(self, env: HedgingEnv):
         self.env = env
-        env.reset(seed=seed)
+        env.reset(seed=VALIDATION_SEED)
         self.black_scholes = self._objective(baselines.black_scholes_delta(env))
         self.gap = np.nan
         if optimum.has_optimum(env.dynamics):
@@ -290,3 +294,97 @@ def compare(title: str, settings: dict, played: Mapping[str, Episodes], agent: s
         name: estimate(mine - episodes["objective"], block) for name, episodes in played.items() if name != agent
     }
     return Benchmark(title, settings, {name: summarise(e, block) for name, e in played.items()}, advantages)
+
+
+NAMED = "Black–Scholes delta"  # the baseline that the user named
+
+
+@dataclass
+class Contest:
+    """What a hedging benchmark compares, and what came of it.
+
+    `policies` and `played` (see `play`) by contestant, the agent among them as "agent"; `parameters` of those that were
+    tuned; `best` is the contestant that the agent is measured and drawn beside, `exact` whether it is the true optimum;
+    `block` is the length of the dependence between episodes (1: none); `env` has the market that the policies know.
+    """
+
+    policies: dict[str, Policy]
+    played: dict[str, Episodes]
+    parameters: dict[str, float]
+    best: str
+    exact: bool
+    block: int
+    settings: dict
+    env: HedgingEnv
+
+    def non_overlapping(self, num_steps: int) -> "Contest":
+        """The same contest on every `num_steps`-th window, which share no day."""
+        apart = {name: {m: x[::num_steps] for m, x in sample.items()} for name, sample in self.played.items()}
+        return replace(self, played=apart, block=1)
+
+
+def hedging_contest(
+    make_env: Callable[[Dynamics, int], HedgingEnv], model: Dynamics, agent: Policy, episodes: int
+) -> Contest:
+    """Tunes every baseline, solves for the optimum where that can be done, and plays all of them on fresh episodes.
+
+    On real closes nothing is tuned: the baselines, like the agent, come from the model fitted to the time before.
+
+    Args:
+        make_env: (model, number of environments) → environment.
+        model: of the market to benchmark in; with `Historical`, all its windows are the episodes.
+        episodes: number of episodes otherwise.
+    """
+    historical = isinstance(model, Historical)
+    fitted = model.garch if historical else model
+    tuning = make_env(fitted, min(16_384, episodes))
+    tuning.reset(seed=TUNING_SEED)
+    policies, parameters = hedging_baselines(tuning)
+    policies = {"agent": agent, **policies}
+    best = "Whalley–Wilmott, tuned"  # where no optimum is known
+    if optimum.has_optimum(fitted):
+        best = "optimum of the fitted model" if historical else "exact optimum"
+        policies[best] = optimum.optimal_hedge(tuning)
+    settings = {f"{name}: parameter": parameter for name, parameter in parameters.items()}
+    settings["tuning seed"] = TUNING_SEED
+    if historical:
+        num_steps = tuning.num_steps
+        env = make_env(model, model.num_windows(num_steps))
+        episodes = env.num_envs
+        settings["windows"] = f"all of {num_steps} days, {model.dates[1]} to {model.dates[-1]}, returns demeaned"
+    else:
+        env = make_env(model, min(episodes, 8192))
+        settings["benchmark seed"] = BENCHMARK_SEED
+        if best == "exact optimum":
+            settings["exact optimum: value predicted by dynamic programming"] = policies[best].value
+    played = evaluate(env, policies, episodes, BENCHMARK_SEED)
+    # Windows that overlap share days: blocks of twice their length cover the dependence.
+    block = 2 * tuning.num_steps if historical else 1
+    return Contest(policies, played, parameters, best, best == "exact optimum", block, settings, tuning)
+
+
+def judge_hedging(title: str, settings: dict, contest: Contest, share_required: float = 0.97) -> Benchmark:
+    """The verdict on a hedging agent: it must beat the named baseline and every tuned band, and close the gap.
+
+    Where the exact optimum is known, `share_required` of the way from the named baseline to it. Where trading is free
+    under gbm, agent, optimum and Black–Scholes delta are all the same, and must agree within 3 standard errors.
+    """
+    played, env = contest.played, contest.env
+    settings = {**settings, "episodes": len(played["agent"]["pnl"]), **contest.settings}
+    result = compare(title, settings, played, "agent", contest.block)
+    free = env.cost_rate == 0 and contest.exact and isinstance(env.dynamics, GBM)
+    if free:
+        for name in (contest.best, NAMED):
+            difference, limit = result.advantages[name].mean, 3 * result.rows["agent"]["objective_se"]
+            result.require(f"agrees with {name}", abs(difference) <= limit, f"{difference:+.5f}, within ±{limit:.5f}")
+    else:
+        for name in (NAMED, *contest.parameters):
+            result.require_advantage(name)
+    if contest.exact and not free:
+        share = gap_closed(*(played[name]["objective"] for name in ("agent", NAMED, contest.best)))
+        result.shares[f"gap from {NAMED} to {contest.best} closed"] = share
+        needed = f"closes {100 * share_required:g} % of the gap"
+        result.require(needed, share.mean >= share_required, f"{100 * share.mean:.2f} %")
+    if "benchmark seed" in settings:
+        result.require("has 8,192 episodes or more", settings["episodes"] >= 8192, f"{settings['episodes']:,}")
+    return result

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from envs.baselines import Policy
-from envs.benchmark import play
+from envs.benchmark import NAMED, Contest, Validation
 from envs.hedging import HedgingEnv
 from envs.runs import read_metrics
 
@@ -32,27 +32,30 @@ def _save(figure, path: Path) -> None:
         figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
 
 
-def hedging_report(folder: Path, title: str, validation: HedgingEnv, contestants, best: str, played) -> None:
-    """The figures of a hedging benchmark: training (if the folder has metrics.csv), no-trade band, P&L distributions.
-
-    Args:
-        validation: the environment that `benchmark.Validation` watched, with its market; bands are drawn on its model.
-        contestants, played: policies and their episodes in the benchmark; the agent is named "agent".
-        best: the contestant that the agent is drawn beside.
-    """
-    named = "Black–Scholes delta"
-    colours = {named: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
+def hedging_report(folder: Path, title: str, contest: Contest) -> None:
+    """The figures of a hedging benchmark: training (if there is a metrics.csv), no-trade band, P&L distributions."""
+    best, played, policies = contest.best, contest.played, contest.policies
     curve = read_metrics(folder / "metrics.csv")
     if curve:  # the levels on the very episodes that the curve was measured on
-        levels = {name: play(validation, contestants[name])["objective_centred"].mean() for name in colours}
-        levels = {name: (level - levels[named], colours[name]) for name, level in levels.items()}
+        validation = Validation(_like(contest.env, 4096))
+        colours = {NAMED: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
+        gains = {name: validation(policies[name])["charts/gain_over_black_scholes"] for name in colours}
+        levels = {name: (gain, colours[name]) for name, gain in gains.items()}
         learning_curve(folder / "learning_curve.png", curve, levels, f"{title}: training")
-    no_trade_bands(folder / "no_trade_bands.png", validation, contestants["agent"], contestants[best], best, title)
+    bands = _like(contest.env, 161)
+    no_trade_bands(folder / "no_trade_bands.png", bands, policies["agent"], policies[best], best, title)
     pnls = {
-        name: (played[name]["pnl"], colour) for name, colour in (("agent", AGENT), (named, BASELINE), (best, OPTIMUM))
+        name: (played[name]["pnl"], colour) for name, colour in (("agent", AGENT), (NAMED, BASELINE), (best, OPTIMUM))
     }
     episodes = len(played["agent"]["pnl"])
     pnl_distributions(folder / "pnl.png", pnls, f"{title}: P&L on the same {episodes:,} episodes")
+
+
+def _like(env: HedgingEnv, num_envs: int) -> HedgingEnv:
+    """The same environment with another number of rows."""
+    settings = {"num_steps": env.num_steps, "spot": env.initial_spot, "strike": env.strike, "cost_rate": env.cost_rate}
+    settings |= {"risk_aversion": env.risk_aversion, "device": env.device, "dtype": env.dtype}
+    return HedgingEnv(num_envs, env.dynamics, **settings)
 
 
 def learning_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], title: str) -> None:
@@ -97,13 +100,18 @@ def pnl_distributions(path: Path, pnls: Mapping[str, tuple[np.ndarray, str]], ti
     _save(figure, path)
 
 
-def advantage_by_date(path: Path, dates: np.ndarray, advantages: Mapping[str, np.ndarray], title: str) -> None:
+def advantage_by_date(path: Path, dates: np.ndarray, contest: Contest, title: str) -> None:
     """Where on the calendar the agent wins: its paired advantage per window, averaged over a year of window starts.
 
     Args:
-        dates: (n,) first day of each window.
-        advantages: contestant → agent − contestant, objective of each window (n,), currency.
+        dates: days of the real closes; window i starts on dates[i].
     """
+    played = contest.played
+    rivals = [
+        name for name in (NAMED, "Whalley–Wilmott, tuned", contest.best, "min-variance band, tuned") if name in played
+    ]
+    advantages = {name: played["agent"]["objective"] - played[name]["objective"] for name in rivals}
+    dates = dates[: len(played["agent"]["objective"])]
     figure, axes = _new(size=(9, 4.5))
     year = min(252, len(dates))
     for i, (name, advantage) in enumerate(advantages.items()):
@@ -121,11 +129,9 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
     """The learnt no-trade band beside a reference one, over the spot, one panel per time.
 
     Args:
-        env: whose market it is; the variance drawn is its model's initial one.
+        env: its `num_envs` is the number of spots drawn; the variance is its model's initial one.
         agent, reference: policies; `name` says what the reference is.
     """
-    settings = {"num_steps": env.num_steps, "strike": env.strike, "cost_rate": env.cost_rate, "device": env.device}
-    env = HedgingEnv(161, env.dynamics, dtype=env.dtype, **settings)  # one row a spot
     days = sorted({0, env.num_steps // 3, env.num_steps * 2 // 3, *range(env.num_steps - 3, env.num_steps)} - {-1, -2})
     figure, axes = _new(2, -(-len(days) // 2), (12, 7.5), squeeze=False, sharey=True)
     for axis, day in zip(axes.flat, days, strict=False):

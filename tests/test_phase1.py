@@ -135,7 +135,7 @@ def test_evaluate_on_the_real_sp500(script, tmp_path):
     assert result.returncode in (0, 1), result.stderr
     folder = run_folder(tmp_path, "*evaluate*")
     content = json.loads((folder / "benchmark.json").read_text())
-    assert content["settings"]["windows"] == "all of 30 days, 2011-01-03 to 2018-12-31, demeaned"
+    assert content["settings"]["windows"] == "all of 30 days, 2011-01-03 to 2018-12-31, returns demeaned"
     assert content["settings"]["episodes"] == 2012 - 29
     separate = json.loads((folder / "benchmark_non_overlapping.json").read_text())
     assert separate["settings"]["episodes"] == -(-(2012 - 29) // 30)
