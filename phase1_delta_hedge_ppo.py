@@ -32,12 +32,15 @@ class Args:
     tuned no-trade bands and, for gbm and garch, with the exact optimum. Exit code 0: benchmark passed; 1: failed;
     2: bad input; 3: diverged; 130: Ctrl-C. Everything is written to runs/<run name>/.
 
-    Examples:
-      python phase1_delta_hedge_ppo.py                              constant volatility (phase 1a)
-      python phase1_delta_hedge_ppo.py --dynamics garch             autocorrelated volatility (phase 1b)
-      python phase1_delta_hedge_ppo.py --resume runs/NAME           go on where a run stopped
+    Commands to start from:
+
+      python phase1_delta_hedge_ppo.py                      constant volatility (phase 1a)
+      python phase1_delta_hedge_ppo.py --dynamics garch     autocorrelated volatility (phase 1b)
+      python phase1_delta_hedge_ppo.py --resume runs/NAME   go on where a run stopped
       python phase1_delta_hedge_ppo.py --evaluate runs/NAME --dynamics heston
-    The real S&P 500, out of sample:
+
+    Train on the S&P 500 until 2010, then hedge the real one of 2011 to 2018:
+
       python phase1_delta_hedge_ppo.py --dynamics garch --history-end 2010-12-31
       python phase1_delta_hedge_ppo.py --evaluate runs/NAME --dynamics historical
     """
@@ -65,7 +68,7 @@ class Args:
     compile: bool = False
     """compile policy and loss with torch.compile (needs a C++ compiler; worth it on long runs)"""
     cudagraphs: bool = False
-    """capture rollout and update as CUDA graphs (GPU only): several times faster with few environments"""
+    """capture rollout and update as one CUDA graph (GPU only), for the launches that dominate with few environments"""
 
     # The market
     dynamics: str = "gbm"

@@ -41,7 +41,7 @@ def hedging_report(folder: Path, title: str, contest: Contest) -> None:
         colours = {NAMED: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
         gains = {name: validation(policies[name])["charts/gain_over_black_scholes"] for name in colours}
         levels = {name: (gain, colours[name]) for name, gain in gains.items()}
-        learning_curve(folder / "learning_curve.png", curve, levels, f"{title}: training")
+        learning_curve(folder / "learning_curve.png", curve, levels, contest.exact, f"{title}: training")
     bands = _like(contest.env, 161)
     no_trade_bands(folder / "no_trade_bands.png", bands, policies["agent"], policies[best], best, title)
     pnls = {
@@ -58,28 +58,40 @@ def _like(env: HedgingEnv, num_envs: int) -> HedgingEnv:
     return HedgingEnv(num_envs, env.dynamics, **settings)
 
 
-def learning_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], title: str) -> None:
-    """Gain over the named baseline during training, with horizontal lines for the contestants.
+def learning_curve(
+    path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], exact: bool, title: str
+) -> None:
+    """Gain over the named baseline during training, beside the contestants' levels; and what is left to the optimum.
 
     Args:
         curve: rows of metrics.csv.
-        levels: label → (paired gain over Black–Scholes on the same episodes, colour).
+        levels: label → (paired gain over Black–Scholes on the same episodes, colour); the best known is last.
+        exact: whether that is the exact optimum, so that nothing can be above it.
     """
-    figure, axes = _new()
+    figure, panels = _new(1, 2 if exact else 1, (12 if exact else 7.5, 4.5), squeeze=False)
+    axes, rest = panels[0][0], panels[0][-1]
     steps = [row["global_step"] / 1e6 for row in curve]
-    gains = [row["charts/gain_over_black_scholes"] for row in curve]
-    axes.plot(steps, gains, color=AGENT, marker=".", label="agent (mean action, validation episodes)")
+    gains = np.array([row["charts/gain_over_black_scholes"] for row in curve])
+    axes.plot(steps, gains, color=AGENT, marker=".", label="agent (mean action)")
+    best, (best_level, _) = list(levels.items())[-1]
     for i, (label, (level, colour)) in enumerate(levels.items()):
-        axes.axhline(level, color=colour, linestyle=("--", "-.", ":", "-")[i % 4], label=f"{label} ({level:+.4f})")
+        style = {"color": colour, "linestyle": ("--", "-.", ":", "-")[i % 4]}
+        axes.axhline(level, label=f"{label} ({level:+.4f})", **style)
+        if exact and label != best:
+            rest.axhline(best_level - level, label=label, **style)
     # Early values can be far below everything of interest
     known = [level for level, _ in levels.values()]
     low, high = min(known), max(*known, gains[-1])
     margin = 0.35 * max(high - low, 1e-6)
     axes.set_ylim(low - margin, high + margin)
-    axes.set(
-        title=title, xlabel="environment steps (millions)", ylabel="objective above Black–Scholes delta (currency)"
-    )
-    axes.legend(frameon=False, loc="lower right")
+    axes.set(xlabel="environment steps (millions)", ylabel="objective above Black–Scholes delta (currency)")
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    if exact:
+        rest.plot(steps, best_level - gains, color=AGENT, marker=".", label="agent (mean action)")
+        rest.set(xlabel="environment steps (millions)", ylabel=f"objective below {best} (currency)", yscale="log")
+        rest.legend(frameon=False, loc="best", fontsize=9)
+    figure.suptitle(f"{title}, validation episodes")
+    figure.tight_layout()
     _save(figure, path)
 
 
