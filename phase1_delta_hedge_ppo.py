@@ -436,11 +436,10 @@ def start_tracker(args: Args, run_dir: Path, run_id: str | None):
         return None
     import wandb  # only here: a run without --track needs no account and no import
 
-    run_dir.parent.mkdir(exist_ok=True)
     try:
         return wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-            id=run_id, resume="allow", dir=str(run_dir.parent), save_code=True,
+            id=run_id, resume="allow", save_code=True,
         )  # fmt: skip
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]

@@ -85,11 +85,11 @@ def learning_curve(
     margin = 0.35 * max(high - low, 1e-6)
     axes.set_ylim(low - margin, high + margin)
     axes.set(xlabel="environment steps (millions)", ylabel="objective above Black–Scholes delta (currency)")
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    axes.legend(frameon=True, edgecolor="none", framealpha=0.9, loc="lower right", fontsize=9)
     if exact:
         rest.plot(steps, best_level - gains, color=AGENT, marker=".", label="agent (mean action)")
         rest.set(xlabel="environment steps (millions)", ylabel=f"objective below {best} (currency)", yscale="log")
-        rest.legend(frameon=False, loc="best", fontsize=9)
+        rest.legend(frameon=True, edgecolor="none", framealpha=0.9, loc="upper right", fontsize=9)
     figure.suptitle(f"{title}, validation episodes")
     figure.tight_layout()
     _save(figure, path)

@@ -58,9 +58,8 @@ def parse_args(args_class: type, argv: Sequence[str], default=None):
     except SystemExit as exit_:
         if exit_.code in (0, None):  # --help
             raise
-    lines = [line.strip("│╭╮╰╯─ \n") for line in errors.getvalue().splitlines()]
-    lines = [line for line in lines if line and line != "Parsing error" and not line.startswith(("For full", "see "))]
-    raise UsageError(" ".join(lines))
+    lines = [line.strip("│─ ") for line in errors.getvalue().splitlines() if line.startswith("│")]  # tyro's box
+    raise UsageError(" ".join(line for line in lines if line and not line.startswith("For full helptext")))
 
 
 def parse_command(args_class: type, argv: Sequence[str], phase: str, resume_needs: Sequence[str]):

@@ -169,7 +169,7 @@ def test_no_phase_imports_another_and_envs_keeps_to_itself():
 def test_track_offline(script, tmp_path):
     result = script(SCRIPT, *QUICK, "--track", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     assert result.returncode in (0, 1), result.stderr
-    assert list((tmp_path / "runs").glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_help_reads_like_documentation(script):
