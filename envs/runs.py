@@ -81,7 +81,10 @@ def parse_command(args_class: type, argv: Sequence[str], phase: str, resume_need
         saved.track = saved.cudagraphs = saved.compile = False  # of training, perhaps on another machine
     elif not (Path(args.resume) / "checkpoint.pt").exists() and (Path(args.resume) / "args.json").exists():
         checkpoint = None  # stopped before its first checkpoint: the same run from the start
-        content = json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8"))
+        try:
+            content = json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8"))
+        except ValueError:
+            raise UsageError(f"{args.resume}/args.json: damaged") from None
         saved = saved_args(args_class, content, args.resume)
     else:
         checkpoint = load_checkpoint(args.resume, phase, ["args", "agent", "iteration", *resume_needs])

@@ -94,6 +94,18 @@ def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path)
     assert result.stderr == "error: --learning-rate is 0.1, but the run to resume has 0.001\n"
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(script, tmp_path):
+    folder = tmp_path / "runs" / "killed"
+    folder.mkdir(parents=True)
+    flags = {"num_envs": 64, "total_timesteps": 64 * 30 * 12, "num_evaluations": 4, "eval_episodes": 512}
+    runs.write_json(folder / "args.json", {**vars(phase1.Args()), **flags})
+    assert script(SCRIPT, "--resume", folder).returncode == 1
+    assert script(SCRIPT, *QUICK).returncode == 1
+    benchmarks = [path.read_bytes() for path in tmp_path.glob("runs/*/benchmark.json")]
+    assert len(benchmarks) == 2
+    assert benchmarks[0] == benchmarks[1]
+
+
 def test_seeds_differ(tmp_path):
     weights = []
     for seed in (0, 1):
