@@ -58,8 +58,10 @@ def parse_args(args_class: type, argv: Sequence[str], default=None):
     except SystemExit as exit_:
         if exit_.code in (0, None):  # --help
             raise
-    lines = [line.strip("│─ ") for line in errors.getvalue().splitlines() if line.startswith("│")]  # tyro's box
-    raise UsageError(" ".join(line for line in lines if line and not line.startswith("For full helptext")))
+    # Tyro's message is a box, in Unicode or in blanks and dashes: its lines without frame, rules and title
+    lines = [line.strip("│╭╮╰╯─ ") for line in errors.getvalue().splitlines()]
+    lines = [line for line in lines if line.strip("-") and not line.startswith("For full helptext")]
+    raise UsageError(" ".join(lines[1:]))
 
 
 def parse_command(args_class: type, argv: Sequence[str], phase: str, resume_needs: Sequence[str]):
