@@ -155,6 +155,9 @@ def estimate(sample: np.ndarray, block: int = 1, seed: int = 0) -> Estimate:
     Args:
         block: 1 for independent episodes (normal interval). More for dependent ones in time order, such as overlapping
             windows: circular block bootstrap (Politis & Romano 1992) of blocks of this length, 2,000 resamples.
+
+    Raises:
+        ValueError: fewer than five blocks, of which no interval can be made.
     """
     mean = float(sample.mean())
     if block > max(1, len(sample) / 5):

@@ -411,7 +411,7 @@ def make(
         volatility: annualised, for gbm; the other models have their own parameters.
         history: CSV of closes for garch and historical (see `load_closes`); None for the S&P 500.
         history_end: YYYY-MM-DD; garch is fitted on closes up to and including it, and historical replays those after.
-        num_steps: length of an episode; historical needs ten of them, or no interval around its mean means anything.
+        num_steps: length of an episode; historical needs twelve of them, or no interval means anything.
 
     Raises:
         ValueError: unknown name or unusable data.
@@ -434,8 +434,8 @@ def make(
     if name == "garch":
         return garch
     after = int((~in_sample).sum())
-    if after < 10 * num_steps:
-        allowed = f"at least {10 * num_steps}, ten episodes"
+    if after < 12 * num_steps:  # six blocks of the bootstrap around its mean
+        allowed = f"at least {12 * num_steps}, twelve episodes"
         raise ValueError(f"historical replays the closes after --history-end: there are {after} ({allowed})")
     # The last close of the fitting period opens the first window: its return belongs to the evaluation.
     first = int(in_sample.sum()) - 1

@@ -171,7 +171,7 @@ def test_evaluating_on_closes_that_the_agent_was_trained_on(capsys, tmp_path, mo
 def test_too_few_real_closes(capsys, tmp_path, monkeypatch):
     checkpoint_file(tmp_path / "checkpoint.pt", "sound")
     flags = ("--evaluate", tmp_path, "--dynamics", "historical", "--history-end", "2018-11-13")
-    assert "there are 31 (at least 300, ten episodes)" in fails(capsys, tmp_path, monkeypatch, *flags)
+    assert "there are 31 (at least 360, twelve episodes)" in fails(capsys, tmp_path, monkeypatch, *flags)
 
 
 def test_flags_that_exclude_each_other(capsys, tmp_path, monkeypatch):
