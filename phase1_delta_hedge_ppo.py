@@ -20,7 +20,7 @@ from envs import HedgingEnv, benchmark, dynamics, figures, runs
 
 Tensor = torch.Tensor
 PHASE = "phase1"  # a checkpoint is only loaded into the phase that wrote it
-EXPLORATION_SEED = 4_000_000  # added to --seed, which seeds the market and is below a million like no other seed
+EXPLORATION_SEED = 4_000_000  # added to --seed, which itself seeds the market and stays below a million
 
 
 @dataclass
@@ -479,9 +479,10 @@ def load_agent(args: Args, checkpoint: dict, env: HedgingEnv) -> Agent:
     runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{args.evaluate}: NaN in its networks")
     trained = checkpoint["args"]
     if args.dynamics == "historical" and trained["dynamics"] == "garch":
-        seen = trained["history_end"] or "their end"
-        apart = trained["history"] == args.history and seen <= str(args.history_end)
-        runs.check(apart, f"--history-end is {args.history_end}, but the agent was trained on closes until {seen}")
+        seen = trained["history_end"]
+        apart = trained["history"] == args.history and seen is not None and seen <= args.history_end
+        until = f"closes of {trained['history'] or 'the S&P 500'} until {seen or 'their end'}"
+        runs.check(apart, f"--history-end is {args.history_end}, but the agent was trained on {until}")
     return agent
 
 

@@ -19,6 +19,7 @@ from envs.runs import write_json
 
 Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
 Z95 = 1.959964
+NAMED = "Black–Scholes delta"  # the baseline that the user named
 
 # Apart from each other and from the seeds of training, which are below a million
 BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED = 1_000_000, 2_000_000, 3_000_000
@@ -93,7 +94,7 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
     """
     centre = baselines.minimum_variance_delta(env)
     risk_aversion = max(env.risk_aversion, 1e-3)
-    policies = {"Black–Scholes delta": baselines.black_scholes_delta(env), "Leland": baselines.leland(env)}
+    policies = {NAMED: baselines.black_scholes_delta(env), "Leland": baselines.leland(env)}
     families: dict[str, tuple[Callable[[float], Policy], float]] = {
         "Whalley–Wilmott, tuned": (lambda a: baselines.whalley_wilmott(env, a), risk_aversion),
         "Zakamouline, tuned": (lambda a: baselines.zakamouline(env, a), risk_aversion),
@@ -299,9 +300,6 @@ def compare(title: str, settings: dict, played: Mapping[str, Episodes], agent: s
     return Benchmark(title, settings, {name: summarise(e, block) for name, e in played.items()}, advantages)
 
 
-NAMED = "Black–Scholes delta"  # the baseline that the user named
-
-
 @dataclass
 class Contest:
     """What a hedging benchmark compares, and what came of it.
@@ -346,8 +344,9 @@ def hedging_contest(
     policies = {"agent": agent, **policies}
     # Where no optimum is known, the agent is drawn beside the strongest of the classics.
     best = max(parameters, key=lambda name: play(tuning, policies[name])["objective_centred"].mean())
+    exact = optimum.has_optimum(fitted) and not historical
     if optimum.has_optimum(fitted):
-        best = "optimum of the fitted model" if historical else "exact optimum"
+        best = "exact optimum" if exact else "optimum of the fitted model"
         policies[best] = optimum.optimal_hedge(tuning)
     settings = {f"{name}: parameter": parameter for name, parameter in parameters.items()}
     settings["tuning seed"] = TUNING_SEED
@@ -359,12 +358,12 @@ def hedging_contest(
     else:
         env = make_env(model, min(episodes, 8192))
         settings["benchmark seed"] = BENCHMARK_SEED
-        if best == "exact optimum":
+        if exact:
             settings["exact optimum: value predicted by dynamic programming"] = policies[best].value
     played = evaluate(env, policies, episodes, BENCHMARK_SEED)
     # Windows that overlap share days: blocks of twice their length cover the dependence.
     block = 2 * tuning.num_steps if historical else 1
-    return Contest(policies, played, parameters, best, best == "exact optimum", block, settings, tuning)
+    return Contest(policies, played, parameters, best, exact, block, settings, tuning)
 
 
 def judge_hedging(title: str, settings: dict, contest: Contest, share_required: float = 0.97) -> Benchmark:

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from envs.baselines import Policy
-from envs.benchmark import NAMED, Contest, Validation
+from envs.benchmark import NAMED, VALIDATION_SEED, Contest, play
 from envs.hedging import HedgingEnv
 from envs.runs import read_metrics
 
@@ -37,10 +37,11 @@ def hedging_report(folder: Path, title: str, contest: Contest) -> None:
     best, played, policies = contest.best, contest.played, contest.policies
     curve = read_metrics(folder / "metrics.csv")
     if curve:  # the levels on the very episodes that the curve was measured on
-        validation = Validation(_like(contest.env, 4096))
+        validation = _like(contest.env, 4096)
+        validation.reset(seed=VALIDATION_SEED)
         colours = {NAMED: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
-        gains = {name: validation(policies[name])["charts/gain_over_black_scholes"] for name in colours}
-        levels = {name: (gain, colours[name]) for name, gain in gains.items()}
+        objectives = {name: play(validation, policies[name])["objective_centred"].mean() for name in colours}
+        levels = {name: (level - objectives[NAMED], colours[name]) for name, level in objectives.items()}
         learning_curve(folder / "learning_curve.png", curve, levels, contest.exact, f"{title}: training")
     bands = _like(contest.env, 161)
     no_trade_bands(folder / "no_trade_bands.png", bands, policies["agent"], policies[best], best, title)

@@ -146,11 +146,18 @@ def run(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> None:
     sys.exit(code)
 
 
-def write_json(path: Path, content) -> None:
-    """Writes JSON through a temporary file, so that the file is whole or absent."""
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a temporary path to write to, which then replaces `path` at once: the file is whole or as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content) -> None:
+    """Writes `content` as JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class MetricsFile:
@@ -163,12 +170,10 @@ class MetricsFile:
         kept = read_metrics(path, raw=True)[:resume_from] if resume_from else []
         check(len(kept) == (resume_from or 0), f"{path}: {len(kept)} rows, but the checkpoint has seen {resume_from}")
         self.rows = len(kept)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(kept)
-        os.replace(temporary, path)
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         self.writer = csv.DictWriter(self.file, fields)
 
@@ -180,9 +185,8 @@ class MetricsFile:
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes `content` (tensors, numbers, strings, and lists and dicts of them) to `path` atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) -> dict:

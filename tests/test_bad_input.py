@@ -165,7 +165,7 @@ def test_evaluating_on_closes_that_the_agent_was_trained_on(capsys, tmp_path, mo
     content["args"] |= {"dynamics": "garch", "history_end": trained_until}
     torch.save(content, path)
     flags = ("--evaluate", path, "--dynamics", "historical", "--history-end", "2010-12-31")
-    assert f"trained on closes until {seen}" in fails(capsys, tmp_path, monkeypatch, *flags)
+    assert f"trained on closes of the S&P 500 until {seen}" in fails(capsys, tmp_path, monkeypatch, *flags)
 
 
 def test_too_few_real_closes(capsys, tmp_path, monkeypatch):
