@@ -1,7 +1,8 @@
-"""Classical hedging strategies as policies: callables observation (n, 7) → action (n, 2) of a `HedgingEnv`.
+"""Classical hedging strategies as policies: callables observation (n, …) → action (n, 2) of a `HedgingEnv`.
 
 Each constructor takes the environment whose market it is built for and, where the strategy has one, its parameter. A
-band is centred on the Black–Scholes delta unless another `centre` (itself a policy) is given.
+band is centred on the hedge of the book's Black–Scholes delta unless another `centre` (itself a policy) is given. What
+was published for one sold option is applied to a book by its gamma, and by its sign where buyer and seller differ.
 """
 
 import math
@@ -10,35 +11,43 @@ from collections.abc import Callable
 import torch
 
 from envs import black_scholes
-from envs.hedging import HedgingEnv
+from envs.hedging import HedgingEnv, HedgingState
 
 Tensor = torch.Tensor
 Policy = Callable[[Tensor], Tensor]
 
 
 def black_scholes_delta(env: HedgingEnv) -> Policy:
-    """Holds the Black–Scholes delta, every step (Black & Scholes 1973)."""
+    """Holds the hedge of the book's Black–Scholes delta, every step (Black & Scholes 1973)."""
     return lambda observation: observation.new_zeros(len(observation), 2)
+
+
+def _offset(env: HedgingEnv, state: HedgingState, volatility: Tensor) -> Tensor:
+    """Centre offset (n,) that hedges the book's delta at other volatilities (n, num_options) than the mark's."""
+    arguments = (state.spot[:, None], env.strike, state.time_to_expiry, volatility, env.is_call)
+    return state.delta - (state.position * black_scholes.delta(*arguments)).sum(-1)
 
 
 def leland(env: HedgingEnv) -> Policy:
     """Holds the delta at Leland's (1985) volatility, every step: σ̂² = σ²[1 + √(2/π) k/(σ√Δt)] for a short option.
 
-    k is the round-trip cost rate (two trades), Δt the time between trades.
+    k is the round-trip cost rate (two trades), Δt the time between trades; a book that is long gamma has the minus sign
+    (Hoggard, Whalley & Wilmott 1994).
     """
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
         k, sigma = 2.0 * env.cost_rate, state.volatility
-        adjusted = sigma * (1.0 + math.sqrt(2.0 / math.pi) * k / (sigma * math.sqrt(env.dynamics.dt))).sqrt()
-        target = black_scholes.delta(state.spot, env.strike, state.time_to_expiry, adjusted)
-        return torch.stack((target - state.delta, torch.zeros_like(target)), -1)
+        adjustment = math.sqrt(2.0 / math.pi) * k / (sigma * math.sqrt(env.dynamics.dt))
+        factor = (1.0 - state.gamma.sign()[:, None] * adjustment).clamp(min=1e-4)
+        offset = _offset(env, state, sigma * factor.sqrt())
+        return torch.stack((offset, torch.zeros_like(offset)), -1)
 
     return policy
 
 
 def minimum_variance_delta(env: HedgingEnv) -> Policy:
-    """Holds the delta that minimises the variance of the next step: Δ + vega · ∂σ/∂S (Hull & White 2017, eq. 5).
+    """Hedges the delta that minimises the variance of the next step: Δ + vega · ∂σ/∂S (Hull & White 2017, eq. 5).
 
     The mark's volatility moves with the spot through the model's return–volatility covariance c = d<ln S, v>/d<ln S>:
     ∂σ/∂S = (∂σ²/∂v) c / (2σS). Equal to Black–Scholes where volatility does not move with the spot (gbm, merton).
@@ -46,12 +55,12 @@ def minimum_variance_delta(env: HedgingEnv) -> Policy:
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
-        steps_left = env.num_steps - state.step
-        average = env.dynamics.expected_average_variance
-        slope = average(state.variance + 1.0, steps_left) - average(state.variance, steps_left)  # affine in variance
-        covariance = env.dynamics.return_volatility_covariance(state.variance)
-        vega = black_scholes.vega(state.spot, env.strike, state.time_to_expiry, state.volatility)
-        offset = vega * slope * covariance / (2.0 * state.volatility * state.spot)
+        spot, variance, tau = state.spot[:, None], state.variance[:, None], state.time_to_expiry
+        average, steps_left = env.dynamics.expected_average_variance, torch.round(tau / env.dynamics.dt)
+        slope = average(variance + 1.0, steps_left) - average(variance, steps_left)  # affine in variance
+        covariance = env.dynamics.return_volatility_covariance(variance)
+        vega = black_scholes.vega(spot, env.strike, tau, state.volatility)
+        offset = -(state.position * vega * slope * covariance / (2.0 * state.volatility * spot)).sum(-1)
         return torch.stack((offset, torch.zeros_like(offset)), -1)
 
     return policy
@@ -86,6 +95,29 @@ def whalley_wilmott(env: HedgingEnv, risk_aversion: float | None = None, centre:
     return policy
 
 
+def kallsen_muhle_karbe(env: HedgingEnv, risk_aversion: float | None = None, centre: Policy | None = None) -> Policy:
+    """Whalley & Wilmott's band for a delta that client orders move too (Kallsen & Muhle-Karbe 2015).
+
+    For small costs the half-width is (3/2 · λ S/a · d<φ>/d<S>)^{1/3} shares, φ the frictionless hedge. Without orders
+    d<φ>/d<S> = Γ², which is Whalley & Wilmott; the orders of a step add the variance Σ 2μ E[size²] Δ² to φ.
+    """
+    centre = centre or black_scholes_delta(env)
+    risk_aversion = env.risk_aversion if risk_aversion is None else risk_aversion
+
+    def policy(observation: Tensor) -> Tensor:
+        state = env.decode(observation)
+        alive = state.time_to_expiry > 0
+        delta = black_scholes.delta(
+            state.spot[:, None], env.strike, state.time_to_expiry, state.volatility, env.is_call
+        )
+        order_variance = 2.0 * env.order_law.variance * (delta.square() * alive).sum(-1)
+        rate = (state.gamma.square() + order_variance / (state.spot.square() * state.variance * env.dynamics.dt)).sqrt()
+        half_width = whalley_wilmott_half_width(state.spot, rate, env.cost_rate, risk_aversion)
+        return torch.stack((centre(observation)[:, 0], half_width), -1)
+
+    return policy
+
+
 def zakamouline_half_width(spot, gamma, volatility, time_to_expiry, cost_rate, risk_aversion) -> Tensor:
     """H₀ + H₁: H₀ = λ/(aSσ²τ), H₁ = 1.12 λ^0.31 τ^0.05 σ^−0.25 (|Γ|/a)^0.5 (Zakamouline 2006), zero rates."""
     h0 = cost_rate / (risk_aversion * spot * volatility**2 * time_to_expiry)
@@ -94,20 +126,29 @@ def zakamouline_half_width(spot, gamma, volatility, time_to_expiry, cost_rate, r
 
 
 def zakamouline_volatility(spot, gamma, volatility, time_to_expiry, cost_rate, risk_aversion) -> Tensor:
-    """σ_m = σ√(1 + 4.76 λ^0.78 τ^−0.02 σ^−0.25 (aS²|Γ|)^0.15) for a short option (Zakamouline 2006), zero rates."""
+    """σ_m = σ√(1 ± 4.76 λ^0.78 τ^−0.02 σ^−0.25 (aS²|Γ|)^0.15), + for a short option (Γ < 0); Zakamouline (2006)."""
     risk = (risk_aversion * spot**2 * gamma.abs()) ** 0.15
-    return volatility * (1.0 + 4.76 * cost_rate**0.78 * time_to_expiry**-0.02 * volatility**-0.25 * risk).sqrt()
+    change = 4.76 * cost_rate**0.78 * time_to_expiry**-0.02 * volatility**-0.25 * risk
+    return volatility * (1.0 - gamma.sign() * change).clamp(min=1e-4).sqrt()
 
 
 def zakamouline(env: HedgingEnv, risk_aversion: float | None = None) -> Policy:
-    """Band of Zakamouline (2006), fitted to the exact utility-based hedge: modified delta ± (H₀ + H₁)."""
+    """Band of Zakamouline (2006), fitted to the exact utility-based hedge: modified delta ± (H₀ + H₁).
+
+    For a book, τ and σ of the half-width are those of the last expiry.
+    """
     risk_aversion = env.risk_aversion if risk_aversion is None else risk_aversion
+    last = int(env.expiry.argmax())
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
         tau = state.time_to_expiry.clamp(min=0.5 * env.dynamics.dt)
-        arguments = (state.spot, state.gamma, state.volatility, tau, env.cost_rate, risk_aversion)
-        target = black_scholes.delta(state.spot, env.strike, state.time_to_expiry, zakamouline_volatility(*arguments))
-        return torch.stack((target - state.delta, zakamouline_half_width(*arguments)), -1)
+        spot, gamma = state.spot[:, None], state.gamma[:, None]
+        arguments = (env.cost_rate, risk_aversion)
+        offset = _offset(env, state, zakamouline_volatility(spot, gamma, state.volatility, tau, *arguments))
+        half_width = zakamouline_half_width(
+            state.spot, state.gamma, state.volatility[:, last], tau[:, last], *arguments
+        )
+        return torch.stack((offset, half_width), -1)
 
     return policy

@@ -29,17 +29,18 @@ BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED = 1_000_000, 2_000_000, 3_000_000
 def play(env: HedgingEnv, policy: Policy) -> Episodes:
     """Plays the environment's current market from its start. Returns per-episode measures, each (num_envs,):
 
-    `objective` Σ r_t; `pnl` Σ ΔW_t − cost_t; `cost`; `turnover` (shares); `net_delta` (mean |net delta|, shares);
-    `objective_centred`, the objective less Σ ΔW_t, whose mean differs by a constant that no policy can change (a
-    martingale pays nothing), with far less noise: for tuning and validation, never for the benchmark itself.
+    `objective` Σ r_t; `pnl` Σ income_t + ΔW_t − cost_t; `cost`; `turnover` (shares); `net_delta` (mean |net delta|,
+    shares); `objective_centred`, the objective less Σ income_t + ΔW_t, whose mean differs by a constant that no policy
+    can change (a martingale pays nothing), with far less noise: for tuning and validation, never for the benchmark.
     """
     observation, _ = env.replay()
     sums = dict.fromkeys(("objective", "pnl", "cost", "turnover", "net_delta", "objective_centred"), 0.0)
     for _ in range(env.num_steps):
         observation, reward, _, _, info = env.step(policy(observation))
         sums["objective"] = sums["objective"] + reward
-        sums["objective_centred"] = sums["objective_centred"] + reward - info["wealth_change"]
-        sums["pnl"] = sums["pnl"] + info["wealth_change"] - info["cost"]
+        earned = info["income"] + info["wealth_change"]
+        sums["objective_centred"] = sums["objective_centred"] + reward - earned
+        sums["pnl"] = sums["pnl"] + earned - info["cost"]
         sums["cost"] = sums["cost"] + info["cost"]
         sums["turnover"] = sums["turnover"] + info["traded"]
         sums["net_delta"] = sums["net_delta"] + info["net_delta"].abs() / env.num_steps
@@ -98,11 +99,14 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
     families: dict[str, tuple[Callable[[float], Policy], float]] = {
         "Whalley–Wilmott, tuned": (lambda a: baselines.whalley_wilmott(env, a), risk_aversion),
         "Zakamouline, tuned": (lambda a: baselines.zakamouline(env, a), risk_aversion),
-        "constant band, tuned": (lambda width: baselines.constant_band(env, width), 0.05),
+        "constant band, tuned": (lambda width: baselines.constant_band(env, width), 0.05 * env.book_scale**0.5),
     }
+    if env.order_law.rate > 0:
+        families["Kallsen–Muhle-Karbe, tuned"] = (lambda a: baselines.kallsen_muhle_karbe(env, a), risk_aversion)
     if (env.dynamics.return_volatility_covariance(torch.ones(1)) != 0).item():  # elsewhere the centre is Black–Scholes
         policies["minimum-variance delta"] = centre
-        families["min-variance band, tuned"] = (lambda width: baselines.constant_band(env, width, centre), 0.05)
+        width = families["constant band, tuned"][1]
+        families["min-variance band, tuned"] = (lambda width: baselines.constant_band(env, width, centre), width)
     parameters = {name: tune(env, family, start) for name, (family, start) in families.items()}
     policies |= {name: family(parameters[name]) for name, (family, _) in families.items()}
     return policies, parameters
@@ -120,7 +124,7 @@ class Validation:
         env.reset(seed=VALIDATION_SEED)
         self.black_scholes = self._objective(baselines.black_scholes_delta(env))
         self.gap = np.nan
-        if optimum.has_optimum(env.dynamics):
+        if optimum.has_optimum(env):
             gap = estimate(self._objective(optimum.optimal_hedge(env)) - self.black_scholes)
             self.gap = gap.mean if gap.low > 0 else np.nan  # a share of nothing is not a number
 
@@ -344,8 +348,8 @@ def hedging_contest(
     policies = {"agent": agent, **policies}
     # Where no optimum is known, the agent is drawn beside the strongest of the classics.
     best = max(parameters, key=lambda name: play(tuning, policies[name])["objective_centred"].mean())
-    exact = optimum.has_optimum(fitted) and not historical
-    if optimum.has_optimum(fitted):
+    exact = optimum.has_optimum(tuning) and not historical
+    if optimum.has_optimum(tuning):
         best = "exact optimum" if exact else "optimum of the fitted model"
         policies[best] = optimum.optimal_hedge(tuning)
     settings = {f"{name}: parameter": parameter for name, parameter in parameters.items()}

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from envs.baselines import Policy
-from envs.benchmark import NAMED, VALIDATION_SEED, Contest, play
+from envs.benchmark import BENCHMARK_SEED, NAMED, VALIDATION_SEED, Contest, play
 from envs.hedging import HedgingEnv
 from envs.runs import read_metrics
 
@@ -37,26 +37,19 @@ def hedging_report(folder: Path, title: str, contest: Contest) -> None:
     best, played, policies = contest.best, contest.played, contest.policies
     curve = read_metrics(folder / "metrics.csv")
     if curve:  # the levels on the very episodes that the curve was measured on
-        validation = _like(contest.env, 4096)
+        validation = contest.env.like(4096)
         validation.reset(seed=VALIDATION_SEED)
         colours = {NAMED: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
         objectives = {name: play(validation, policies[name])["objective_centred"].mean() for name in colours}
         levels = {name: (level - objectives[NAMED], colours[name]) for name, level in objectives.items()}
         learning_curve(folder / "learning_curve.png", curve, levels, contest.exact, f"{title}: training")
-    bands = _like(contest.env, 161)
+    bands = contest.env.like(161)
     no_trade_bands(folder / "no_trade_bands.png", bands, policies["agent"], policies[best], best, title)
     pnls = {
         name: (played[name]["pnl"], colour) for name, colour in (("agent", AGENT), (NAMED, BASELINE), (best, OPTIMUM))
     }
     episodes = len(played["agent"]["pnl"])
     pnl_distributions(folder / "pnl.png", pnls, f"{title}: P&L on the same {episodes:,} episodes")
-
-
-def _like(env: HedgingEnv, num_envs: int) -> HedgingEnv:
-    """The same environment with another number of rows."""
-    settings = {"num_steps": env.num_steps, "spot": env.initial_spot, "strike": env.strike, "cost_rate": env.cost_rate}
-    settings |= {"risk_aversion": env.risk_aversion, "device": env.device, "dtype": env.dtype}
-    return HedgingEnv(num_envs, env.dynamics, **settings)
 
 
 def learning_curve(
@@ -142,37 +135,127 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
     """The learnt no-trade band beside a reference one, over the spot, one panel per time.
 
     Args:
-        env: its `num_envs` is the number of spots drawn; the variance is its model's initial one.
+        env: its `num_envs` is the number of spots drawn; the variance is its model's initial one. A book that client
+            orders make is drawn at about half its typical size, short of every option.
         agent, reference: policies; `name` says what the reference is.
     """
     days = sorted({0, env.num_steps // 3, env.num_steps * 2 // 3, *range(env.num_steps - 3, env.num_steps)} - {-1, -2})
+    sold = torch.ceil(0.5 * env.position_scale) if env.order_law.rate > 0 else torch.zeros_like(env.position_scale)
+    orders = torch.zeros(env.num_envs, env.num_steps, env.num_options, 2).to(sold)
+    orders[:, 0, :, 0] = sold
     figure, axes = _new(2, -(-len(days) // 2), (12, 7.5), squeeze=False, sharey=True)
+    drawn = []
     for axis, day in zip(axes.flat, days, strict=False):
         left = env.num_steps - day
         # ± 2 standard deviations of what is left, but at least those of a week
         width = 2 * (env.dynamics.initial_variance * max(left, 5) * env.dynamics.dt) ** 0.5
-        spots = env.strike * torch.linspace(-width, width, env.num_envs, device=env.device, dtype=env.dtype).exp()
-        env.set_market(
-            spots[:, None].repeat(1, env.num_steps + 1),
-            torch.full((env.num_envs, env.num_steps + 1), env.dynamics.initial_variance).to(spots),
-        )
+        spots = env.middle_strike * torch.linspace(-width, width, env.num_envs, device=env.device, dtype=env.dtype).exp()
+        paths = spots[:, None].repeat(1, env.num_steps + 1)
+        env.set_market(paths, torch.full_like(paths, env.dynamics.initial_variance), (orders, orders))
         env.replay()
-        env.t, env.holding = day, env.delta[day]  # as if hedged at the Black–Scholes delta until now
+        env.t, env.holding = day, -env.delta[day]  # as if hedged at the Black–Scholes delta until now
         observation, x = env.observe(), spots.cpu().numpy()
         (lower, upper), (low, high) = (_edges(policy, observation) for policy in (reference, agent))
+        drawn += [lower, upper, low, high]
         axis.fill_between(x, lower, upper, color=OPTIMUM, alpha=0.25, linewidth=0, label=f"{name}: no trade inside")
         axis.plot(x, low, color=AGENT, linewidth=1.5, label="agent: no trade between the lines")
         axis.plot(x, high, color=AGENT, linewidth=1.5)
         axis.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta")
-        axis.set_ylim(-0.2, 0.2)
-        axis.set_title(f"{left} day{'s' if left > 1 else ''} to expiry", fontsize=10)
+        axis.set_title(f"{left} day{'s' if left > 1 else ''} to {'the end' if env.num_options > 1 else 'expiry'}")
         axis.set_xlabel("spot (currency)")
+    limit = 1.3 * np.quantile(np.abs(drawn), 0.95)  # just before expiry a band may be as wide as all there is
+    axes.flat[0].set_ylim(-limit, limit)
     for axis in axes.flat[len(days) :]:
         axis.set_visible(False)
     for row in axes:
-        row[0].set_ylabel("shares held less Black–Scholes delta")
+        row[0].set_ylabel("shares held less Black–Scholes hedge")
     axes.flat[0].legend(frameon=False, loc="upper left", fontsize=9)
-    figure.suptitle(f"{title}: the learnt no-trade band")
+    book = ", ".join(f"{n:g}" for n in sorted(set(sold.tolist()))) if env.order_law.rate > 0 else ""
+    figure.suptitle(f"{title}: the learnt no-trade band" + (f" of a book short {book} of every option" if book else ""))
+    figure.tight_layout()
+    _save(figure, path)
+
+
+@torch.no_grad()
+def book_episode(path: Path, title: str, contest: Contest) -> None:
+    """One episode of the benchmark: spot and orders, net delta before and after hedging with the band, book, cost."""
+    env = contest.env.like(1)
+    env.reset(seed=BENCHMARK_SEED)
+    names = ("agent", NAMED, contest.best)
+    colours = dict(zip(names, (AGENT, BASELINE, OPTIMUM), strict=True))
+    days = np.arange(env.num_steps)
+    cost, before, after, edges = {}, [], [], []
+    for name in names:
+        observation, _ = env.replay()
+        costs = []
+        for _ in range(env.num_steps):
+            if name == "agent":
+                before.append((env.holding + env.delta[env.t]).item())
+                edges.append([edge.item() for edge in _edges(contest.policies[name], observation)])
+            observation, _, _, _, info = env.step(contest.policies[name](observation))
+            costs.append(info["cost"].item())
+            if name == "agent":
+                after.append(info["net_delta"].item())
+        cost[name] = np.cumsum(costs)
+    figure, axes = _new(2, 2, (13, 8), sharex=True)
+    (market, hedge), (book, costs) = axes
+    market.plot(np.arange(env.num_steps + 1), env.spot[:, 0].cpu(), color="black", label="spot")
+    for side, label, marker, colour in ((0, "clients buy", "^", OPTIMUM), (1, "clients sell", "v", BASELINE)):
+        size = env.order_size[:, 0, :, side].cpu().numpy()
+        day, option = size.nonzero()
+        strikes = env.strike.cpu().numpy()[option]
+        market.scatter(
+            day, strikes, 25 * size[day, option] ** 0.7, color=colour, marker=marker, alpha=0.7, label=f"{label} (at strike)"
+        )
+    market.set(title="spot and client orders (area: size)", ylabel="currency")
+    low, high = np.array(edges).T
+    hedge.fill_between(days, low, high, step="mid", color=AGENT, alpha=0.15, linewidth=0, label="agent's no-trade band")
+    hedge.vlines(days, before, after, color=AGENT, linewidth=1)
+    hedge.plot(days, before, "o", color=OTHER, markersize=4, label="net delta before the trade")
+    hedge.plot(days, after, "o", color=AGENT, markersize=4, label="after it")
+    hedge.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label=NAMED)
+    hedge.set(title="what the agent does about it", ylabel="net delta (shares)")
+    gamma = (env.gamma[:-1, 0] * env.initial_spot / 100).cpu()  # delta gained by one per cent of the spot
+    book.plot(days, env.delta[:-1, 0].cpu(), color=AGENT, label="delta of the options (shares)")
+    book.plot(days, gamma, color=OTHER, label="change of that delta as the spot rises 1 % (shares)")
+    book.bar(days, env.position[:-1, 0].sum(-1).cpu(), color=OTHER, alpha=0.25, label="options held, net")
+    book.set(title="the book", ylabel="shares, options", xlabel="trading day")
+    for name in names:
+        costs.plot(days, cost[name], color=colours[name], label=f"{name}: {cost[name][-1]:.3f}")
+    costs.set(title="cost of hedging, cumulative", ylabel="currency", xlabel="trading day")
+    for axis in axes.flat:
+        for expiry in sorted({option.expiry for option in env.options}):
+            axis.axvline(expiry, color="black", linestyle=":", linewidth=0.8)
+        axis.legend(frameon=True, edgecolor="none", framealpha=0.8, loc="best", fontsize=8)
+    figure.suptitle(f"{title}: one episode (dotted: expiry)")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def cost_trend(path: Path, rows: Mapping[float, Mapping[str, Mapping[str, float]]], title: str) -> None:
+    """How much is hedged as trading gets dearer: turnover and what delta is left, against the cost rate.
+
+    Args:
+        rows: cost rate → contestant → its figures (`benchmark.json`'s rows), of one run each.
+    """
+    styles = {
+        "agent": (AGENT, "o-"), NAMED: (BASELINE, "s--"), "constant band, tuned": (OTHER, "^:"),
+        "Whalley–Wilmott, tuned": (OTHER, "v-."), "exact optimum": (OPTIMUM, "-"),
+    }  # fmt: skip
+    rates = sorted(rows)
+    figure, axes = _new(1, 2, (12, 4.8))
+    for axis, measure, label in zip(
+        axes, ("turnover", "net_delta"), ("shares traded in an episode", "mean |net delta| after trading (shares)"), strict=True
+    ):
+        for name, (colour, line) in styles.items():
+            if all(name in rows[rate] for rate in rates):
+                values = [rows[rate][name][measure] for rate in rates]
+                axis.plot([1e4 * rate for rate in rates], values, line, color=colour, label=name, markersize=5)
+        axis.set(xscale="log", xlabel="cost rate (basis points)", ylabel=label)
+        axis.set_xticks([1e4 * rate for rate in rates], [f"{1e4 * rate:g}" for rate in rates], minor=False)
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=9)
+    figure.suptitle(title)
     figure.tight_layout()
     _save(figure, path)
 

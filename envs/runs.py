@@ -111,6 +111,8 @@ def saved_args(args_class: type, content, source: str):
     check(isinstance(content, dict), f"{source}: does not fit this script, its arguments are not a dict")
     for name, default in vars(args).items():
         value = content.get(name, default)
+        if isinstance(default, tuple) and isinstance(value, list):  # as JSON has it
+            value = tuple(value)
         fits = value is None or isinstance(value, str) if default is None else type(value) is type(default)
         check(fits, f"{source}: does not fit this script, its {name} is a {type(value).__name__}")
         setattr(args, name, value)

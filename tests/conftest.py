@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from envs import dynamics
+from envs import HedgingEnv, dynamics, hedging
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -22,6 +22,13 @@ MODELS = {
     "heston without Feller": dynamics.Heston(initial_variance=0.02, mean_reversion=1.0, vol_of_vol=0.9),
     "merton": dynamics.Merton(),
 }
+
+
+def book_env(num_envs: int, model=None, **settings) -> HedgingEnv:
+    """A book as phase 2 has it: ten options, two expiries, client orders."""
+    options = hedging.option_grid([90, 95, 100, 105, 110], [15, 30])
+    orders = {"arrival_rate": 0.1, "mean_order_size": 2.0, "client_spread": 0.05}
+    return HedgingEnv(num_envs, model, **{"options": options, "initial_position": 0.0, **orders, **settings})
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import MODELS
+from conftest import MODELS, book_env
 
 from envs import HedgingEnv, baselines, benchmark, black_scholes
 
@@ -21,10 +21,13 @@ def test_whalley_wilmott_half_width():
 def test_zakamouline_half_width():
     args = (tensor(5000.0), tensor(0.02), tensor(0.2), tensor(0.25), 5e-4, 1.0)
     assert baselines.zakamouline_half_width(*args).item() == pytest.approx(0.020954, abs=1e-6)
+    args = (args[0], -args[1], *args[2:])  # Γ < 0: a short option
     # hedging a short option costs, so its volatility is above the market's, and equal to it when trading is free
     # 0.2 √(1 + 4.76 · 5e-4^0.78 · 0.25^−0.02 · 0.2^−0.25 · (5000² · 0.02)^0.15), worked out by hand
     assert baselines.zakamouline_volatility(*args).item() == pytest.approx(0.2 * math.sqrt(1 + 0.139454572), abs=1e-6)
     assert baselines.zakamouline_volatility(*args[:4], 0.0, 1.0).item() == 0.2
+    long = (args[0], -args[1], *args[2:])
+    assert baselines.zakamouline_volatility(*long).item() == pytest.approx(0.2 * math.sqrt(1 - 0.139454572), abs=1e-6)
 
 
 def test_leland_volatility():
@@ -35,17 +38,19 @@ def test_leland_volatility():
     adjusted = 0.2 * math.sqrt(1 + math.sqrt(2 / math.pi) * 0.01 / (0.2 * math.sqrt(1 / 252)))
     target = black_scholes.delta(tensor(100.0), 100.0, 30 / 252, adjusted)
     assert half_width == 0
-    assert offset.item() == pytest.approx((target - env.delta[0]).item(), abs=1e-12)
+    assert offset.item() == pytest.approx((target + env.delta[0]).item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("make_env", [HedgingEnv, book_env])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_baseline_is_finite_everywhere_and_keeps_its_shape(name):
-    env = HedgingEnv(2000, MODELS[name])
+def test_every_baseline_is_finite_everywhere_and_keeps_its_shape(name, make_env):
+    env = make_env(2000, MODELS[name])
     env.reset(seed=0)
     centre = baselines.minimum_variance_delta(env)
     policies = [
         baselines.black_scholes_delta(env), baselines.leland(env), centre, baselines.constant_band(env, 0.1, centre),
         baselines.whalley_wilmott(env, 2.0, centre), baselines.zakamouline(env),
+        baselines.kallsen_muhle_karbe(env),
     ]  # fmt: skip
     for policy in policies:
         env.replay()
@@ -57,24 +62,27 @@ def test_every_baseline_is_finite_everywhere_and_keeps_its_shape(name):
             env.step(action)
 
 
-@pytest.mark.parametrize("policy", [baselines.whalley_wilmott, baselines.leland])
-def test_free_trading_makes_it_the_black_scholes_delta(policy):
-    env = HedgingEnv(1000, cost_rate=0.0, dtype=F64)
+@pytest.mark.parametrize("make_env", [HedgingEnv, book_env])
+@pytest.mark.parametrize("policy", [baselines.whalley_wilmott, baselines.leland, baselines.kallsen_muhle_karbe])
+def test_free_trading_makes_it_the_black_scholes_delta(policy, make_env):
+    env = make_env(1000, cost_rate=0.0, dtype=F64)
     env.reset(seed=0)
     ours = benchmark.play(env, policy(env))["pnl"]
     delta = benchmark.play(env, baselines.black_scholes_delta(env))["pnl"]
     assert abs(ours - delta).max() < 1e-9
 
 
-def test_black_scholes_delta_holds_the_delta():
-    env = HedgingEnv(100, dtype=F64)
+@pytest.mark.parametrize("make_env", [HedgingEnv, book_env])
+def test_black_scholes_delta_holds_the_delta(make_env):
+    env = make_env(100, dtype=F64)
     env.reset(seed=0)
     assert benchmark.play(env, baselines.black_scholes_delta(env))["net_delta"].max() < 1e-12
 
 
+@pytest.mark.parametrize("make_env", [HedgingEnv, book_env])
 @pytest.mark.parametrize("name", ["garch", "heston"])
-def test_minimum_variance_delta_has_less_variance_step_by_step(name):
-    env = HedgingEnv(50_000, MODELS[name], cost_rate=0.0)
+def test_minimum_variance_delta_has_less_variance_step_by_step(name, make_env):
+    env = make_env(20_000, MODELS[name], cost_rate=0.0)
     env.reset(seed=0)
     minimum_variance = benchmark.play(env, baselines.minimum_variance_delta(env))
     delta = benchmark.play(env, baselines.black_scholes_delta(env))
@@ -87,3 +95,32 @@ def test_minimum_variance_delta_is_black_scholes_when_volatility_does_not_move_w
         env = HedgingEnv(10, MODELS[name])
         env.reset(seed=0)
         assert (baselines.minimum_variance_delta(env)(env.observe()) == 0).all()
+
+
+def test_kallsen_muhle_karbe_is_whalley_wilmott_without_orders_and_wider_with_them():
+    env = HedgingEnv(500, dtype=F64)
+    env.reset(seed=0)
+    observation = env.observe()
+    torch.testing.assert_close(baselines.kallsen_muhle_karbe(env)(observation), baselines.whalley_wilmott(env)(observation))
+    env = book_env(500, dtype=F64)
+    observation, _ = env.reset(seed=0)
+    ours, without = baselines.kallsen_muhle_karbe(env)(observation)[:, 1], baselines.whalley_wilmott(env)(observation)[:, 1]
+    assert (ours > without).all()
+    # worked out for one row: orders add 2 μ E[size²] Σ Δ² to the variance of the delta over a step
+    spot, variance = env.spot[0, 0], env.variance[0, 0]
+    delta = black_scholes.delta(spot, env.strike, env.expiry / 252, 0.2, env.is_call)
+    flow = 2 * 0.1 * 6.0 * delta.square().sum()  # E[size²] = 2·2² − 2 = 6
+    slope = (env.gamma[0, 0] ** 2 + flow / (spot**2 * variance / 252)).sqrt()
+    expected = baselines.whalley_wilmott_half_width(spot, slope, 1e-3, 1.0)
+    assert ours[0].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_book_baselines_reduce_to_those_of_one_sold_call():
+    """The same book told as one option and as two halves gives the same trades."""
+    one = HedgingEnv(200, dtype=F64)
+    halves = HedgingEnv(200, options=[(100.0, 30), (100.0, 30)], initial_position=-0.5, dtype=F64)
+    for policy in (baselines.leland, baselines.zakamouline, baselines.whalley_wilmott, baselines.minimum_variance_delta):
+        for env in (one, halves):
+            env.reset(seed=0)
+        first, second = (benchmark.play(env, policy(env))["objective"] for env in (one, halves))
+        assert abs(first - second).max() < 1e-9
