@@ -280,9 +280,10 @@ class Agent(nn.Module):
         """Observation (n, size), normals (n, 2) → action (n, 2) in (−1, 1) and its log-probability (n,)."""
         mean, log_std = self.actor(self.normalise(observation)).chunk(2, -1)
         log_std = log_std.clamp(-5, 1)
-        action = torch.tanh(mean + log_std.exp() * noise)
-        logprob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - torch.log(1 - action**2 + 1e-6)
-        return action, logprob.sum(-1)
+        raw = mean + log_std.exp() * noise
+        log_slope = 2 * (math.log(2) - raw - nn.functional.softplus(-2 * raw))  # ln(1 − tanh²), stable where it is tiny
+        logprob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_slope
+        return torch.tanh(raw), logprob.sum(-1)
 
     def policy(self, observation: Tensor) -> Tensor:
         """The deterministic policy that is benchmarked: environment observation (n, size) → environment action (n, 2)."""
@@ -474,7 +475,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
     progress = tqdm(total=num_iterations * episode, initial=(first - 1) * episode, unit="step", unit_scale=True)
     progress.set_description("gain over Black–Scholes —")
     clock, clock_steps, done = time.perf_counter(), 0, max(0, first - 1 - warm_up) * updates
-    losses = torch.full((len(LOSS_NAMES),), torch.nan)
+    losses = None
     for iteration in range(first, num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
@@ -491,12 +492,12 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
         if iteration not in evaluations:
             continue
         row = {"global_step": iteration * episode, "charts/updates": done}
-        row |= dict(zip(LOSS_NAMES, losses.tolist(), strict=True))  # waits for the device, so the speed is honest
+        if losses is not None:  # there have been updates
+            row |= dict(zip(LOSS_NAMES, losses.tolist(), strict=True))  # waits for the device, so the speed is honest
         row["charts/SPS"] = int(clock_steps / (time.perf_counter() - clock))
         row["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
         parameters = {f"parameter {name}": p.sum().item() for name, p in agent.named_parameters()}
-        learnt = {name: value for name, value in row.items() if done > 0 or name not in LOSS_NAMES}
-        runs.check_finite({**learnt, **parameters}, row["global_step"], run_dir)
+        runs.check_finite({**row, **parameters}, row["global_step"], run_dir)
         row |= validation(agent.policy)
         metrics.write(row)
         if tracker:

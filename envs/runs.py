@@ -177,7 +177,7 @@ class MetricsFile:
             writer.writeheader()
             writer.writerows(kept)
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-        self.writer = csv.DictWriter(self.file, fields)
+        self.writer = csv.DictWriter(self.file, fields, restval="nan")
 
     def write(self, row: dict) -> None:
         self.writer.writerow(row)

@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 
+import phase1_delta_hedge_ppo as phase1
+import phase2_multi_order_sac as phase2
 from envs import HedgingEnv, dynamics, hedging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +33,42 @@ def book_env(num_envs: int, model=None, **settings) -> HedgingEnv:
     options = hedging.option_grid([90, 95, 100, 105, 110], [15, 30])
     orders = {"arrival_rate": 0.1, "mean_order_size": 2.0, "client_spread": 0.05}
     return HedgingEnv(num_envs, model, **{"options": options, "initial_position": 0.0, **orders, **settings})
+
+
+class Phase(NamedTuple):
+    """A phase and the smallest run of it: 12 iterations of `num_envs` × 30 steps, 4 evaluations."""
+
+    module: ModuleType
+    num_envs: int
+    small: dict  # flags beside it
+    figures: tuple[str, ...]
+
+    @property
+    def script(self) -> str:
+        return f"{self.module.__name__}.py"
+
+    def flags(self, iterations: int = 12, **changes) -> list[str]:
+        """Command-line flags of the smallest run."""
+        flags = {"num_envs": self.num_envs, "total_timesteps": self.num_envs * 30 * iterations, "num_evaluations": 4}
+        flags |= {"eval_episodes": 512, **self.small, **changes}
+        return [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+    def args(self, iterations: int = 12, **changes):
+        """The same as the phase's Args."""
+        flags = {"num_envs": self.num_envs, "total_timesteps": self.num_envs * 30 * iterations, "num_evaluations": 4}
+        return self.module.Args(**{**flags, "eval_episodes": 512, **self.small, **changes})
+
+
+SAC_SMALL = {"learning_starts": 3_000, "buffer_size": 6_000, "batch_size": 64, "hidden_size": 32, "utd": 0.01}
+PHASES = {
+    "phase1": Phase(phase1, 64, {}, ("learning_curve.png", "no_trade_bands.png", "pnl.png")),
+    "phase2": Phase(phase2, 32, SAC_SMALL, ("learning_curve.png", "no_trade_bands.png", "pnl.png", "book_episode.png")),
+}
+
+
+@pytest.fixture(params=PHASES)
+def phase(request) -> Phase:
+    return PHASES[request.param]
 
 
 @pytest.fixture

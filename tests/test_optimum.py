@@ -1,9 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS
+from conftest import MODELS, book_env
 
 from envs import HedgingEnv, baselines, benchmark, optimum
+
+def one_call(num_envs, model=None, **settings):
+    """One call, orders for it, no position to begin with: phase 2 at its simplest."""
+    settings = {"options": [(100.0, 30)], "arrival_rate": 0.25, "risk_aversion": 0.1, **settings}
+    return HedgingEnv(num_envs, model, initial_position=0.0, **settings)
+
 
 # reference.md: dynamics, cost_rate, risk_aversion → Black–Scholes delta, exact optimum (its s.e. 0.001–0.003)
 TABLE = [
@@ -72,10 +78,77 @@ def test_band_is_a_band_and_wider_when_trading_costs_more():
         exact = optimum.optimal_hedge(HedgingEnv(1, cost_rate=cost_rate))
         assert (exact.upper >= exact.lower).all()
         middle = len(exact.log_spots) // 2
-        widths.append(exact.upper[15, 0, middle] - exact.lower[15, 0, middle])
+        widths.append(exact.upper[15, 0, 0, middle] - exact.lower[15, 0, 0, middle])
     assert widths[0] < widths[1] < widths[2]
 
 
-def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="heston"):
-        optimum.optimal_hedge(HedgingEnv(1, MODELS["heston"]))
+@pytest.mark.parametrize("refused", [HedgingEnv(1, MODELS["heston"]), book_env(1), one_call(1, MODELS["garch"])])
+def test_others_are_refused(refused):
+    assert not optimum.has_optimum(refused)
+    with pytest.raises(ValueError, match="no exact optimum for"):
+        optimum.optimal_hedge(refused)
+
+
+# reference.md, positions limited to ±8: cost_rate, risk_aversion, arrival_rate → Black–Scholes delta, exact optimum,
+# and the tuned width of the constant band with the share of the gap that it closes
+ORDERS = [
+    (1e-3, 0.1, 0.25, -1.102, -0.856, 0.3, 0.86),
+    (1e-3, 1.0, 0.25, -1.870, -1.822, 0.05, 0.94),
+    (5e-4, 0.1, 0.5, -0.889, -0.785, 0.2, 0.90),
+]
+
+
+def limited(env, limit):
+    """The environment's market with clients' orders cut so that no position goes beyond ±limit."""
+    size = env.order_size.transpose(0, 1)
+    position = torch.zeros(env.num_envs)
+    for t in range(env.num_steps):
+        wanted = size[:, t, 0, 1] - size[:, t, 0, 0]
+        traded = (position + wanted).clamp(-limit, limit) - position
+        size[:, t, 0, 1], size[:, t, 0, 0] = traded.clamp(min=0), (-traded).clamp(min=0)
+        position = position + traded
+    env.set_market(env.spot.T, env.variance.T, (size, size))
+
+
+@pytest.mark.parametrize(("cost_rate", "risk_aversion", "rate", "black_scholes", "best", "width", "share"), ORDERS)
+def test_reference_table_with_client_orders(cost_rate, risk_aversion, rate, black_scholes, best, width, share):
+    env = one_call(100_000, cost_rate=cost_rate, risk_aversion=risk_aversion, arrival_rate=rate)
+    env.reset(seed=0)
+    limited(env, 8)
+    exact = optimum.optimal_hedge(env, position_limit=8)
+    policies = {"optimum": exact, "delta": baselines.black_scholes_delta(env), "band": baselines.constant_band(env, width)}
+    played = {name: benchmark.play(env, policy) for name, policy in policies.items()}
+    levels = {name: benchmark.estimate(episodes["objective"]) for name, episodes in played.items()}
+    assert abs(levels["optimum"].mean - exact.value) < 3 * levels["optimum"].se
+    for name, reference in (("optimum", best), ("delta", black_scholes)):  # of 100,000 paths or more, like ours
+        assert abs(levels[name].mean - reference) < 3 * 2**0.5 * levels[name].se
+    centred = [played[name]["objective_centred"] for name in ("band", "delta", "optimum")]
+    closed = benchmark.gap_closed(*centred)
+    tolerance = 0.01 if risk_aversion < 1 else 0.1  # there the reference's gap, 0.048, has two digits
+    assert closed.mean == pytest.approx(share, abs=tolerance + 3 * closed.se)
+
+
+def test_nothing_beats_the_optimum_with_client_orders():
+    env = one_call(30_000)
+    env.reset(seed=1)
+    exact = optimum.optimal_hedge(env)
+    played = benchmark.play(env, exact)
+    assert abs(benchmark.estimate(played["objective"]).mean - exact.value) < 3 * benchmark.estimate(played["objective"]).se
+    rivals = [baselines.constant_band(env, width) for width in (0.2, 0.27, 0.35)]
+    rivals += [baselines.kallsen_muhle_karbe(env, 0.3), baselines.whalley_wilmott(env, 0.2)]
+    for shift in (-0.1, 0.1):  # the optimum's own band, moved or widened
+        rivals.append(lambda o, shift=shift: exact(o) + torch.tensor([shift, 0.0]))
+        rivals.append(lambda o, shift=shift: exact(o) + torch.tensor([0.0, 0.5 * shift]))
+    for rival in rivals:
+        rivals_play = benchmark.play(env, rival)
+        worse = benchmark.estimate(played["objective_centred"] - rivals_play["objective_centred"])
+        assert worse.mean > 2 * worse.se
+
+
+def test_a_put_is_hedged_like_its_call_but_for_the_shares():
+    """Symmetric orders in the put instead of the call: the same gamma, so a band of about the same width."""
+    call, put = (optimum.optimal_hedge(one_call(1, options=[(100.0, 10, kind)], num_steps=10)) for kind in (True, False))
+    assert put.value == pytest.approx(call.value, rel=0.05)
+    middle, position = len(call.log_spots) // 2, len(call.positions) // 2 + 3
+    widths = [(o.upper - o.lower)[3, position, 0, middle] for o in (call, put)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.05)

@@ -1,0 +1,220 @@
+"""Every phase as a user runs it: short runs of the real scripts, and what a researcher relies on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from envs import dynamics, runs
+
+CPU = torch.device("cpu")
+
+
+def run_folder(tmp_path, pattern="*") -> Path:
+    folders = sorted((tmp_path / "runs").glob(pattern), key=lambda path: path.stat().st_mtime)
+    return folders[-1]
+
+
+@pytest.mark.parametrize("name", ["gbm", "garch", "heston", "merton"])
+def test_smoke(script, tmp_path, phase, name):
+    result = script(phase.script, *phase.flags(dynamics=name))
+    assert result.returncode in (0, 1), result.stderr
+    verdict = "BENCHMARK PASSED" if result.returncode == 0 else "BENCHMARK FAILED"
+    assert verdict in result.stdout
+    folder = run_folder(tmp_path)
+    files = {"args.json", "metrics.csv", "checkpoint.pt", "benchmark.json", "benchmark.md"}
+    assert {path.name for path in folder.iterdir()} == files | set(phase.figures)
+    content = json.loads((folder / "benchmark.json").read_text())
+    assert content["passed"] == (result.returncode == 0)
+    named = {"agent", "Black–Scholes delta", "Leland", "Whalley–Wilmott, tuned", "constant band, tuned"}
+    assert named <= set(content["rows"])
+    assert ("exact optimum" in content["rows"]) == (phase.module.PHASE == "phase1" and name in ("gbm", "garch"))
+    rows = runs.read_metrics(folder / "metrics.csv")
+    assert len(rows) == 4
+    assert rows[-1]["global_step"] == phase.num_envs * 30 * 12
+
+
+def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path, phase):
+    flags = phase.flags(iterations=120, num_evaluations=30)
+    first, second = tmp_path / "first", tmp_path / "second"
+    folders = []
+    for place in (first, second):
+        place.mkdir()
+        command = [sys.executable, str(ROOT / phase.script), *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if place == first:
+            done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode in (0, 1), done.stderr
+        else:
+            process = subprocess.Popen(
+                command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            deadline = time.time() + 120
+            while time.time() < deadline:  # kill it somewhere in the middle, whatever it is doing
+                metrics = list(place.glob("runs/*/metrics.csv"))
+                if metrics and len(metrics[0].read_text().splitlines()) > 6:
+                    break
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            (folder,) = place.glob("runs/*")
+            assert not (folder / "benchmark.json").exists()
+            rows_then = len((folder / "metrics.csv").read_text().splitlines())
+            assert rows_then < 31
+            resumed = subprocess.run(
+                [sys.executable, str(ROOT / phase.script), "--resume", str(folder)],
+                cwd=place, env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert resumed.returncode == done.returncode, resumed.stderr
+        folders.append(next(place.glob("runs/*")))
+    one, two = folders
+    assert (one / "benchmark.json").read_bytes() == (two / "benchmark.json").read_bytes()
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["agent"] for folder in folders]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    curves = [runs.read_metrics(folder / "metrics.csv") for folder in folders]
+    for row in curves[0] + curves[1]:
+        row.pop("charts/SPS")
+    assert curves[0] == curves[1]
+    # resuming a finished run repeats its benchmark; another value of a flag would not be the same run
+    result = script(phase.script, "--resume", two, "--learning-rate", 0.1)
+    assert result.returncode == 2
+    assert result.stderr == "error: --learning-rate is 0.1, but the run to resume has 0.001\n"
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(script, tmp_path, phase):
+    folder = tmp_path / "runs" / "killed"
+    folder.mkdir(parents=True)
+    runs.write_json(folder / "args.json", vars(phase.args()))
+    assert script(phase.script, "--resume", folder).returncode == 1
+    assert script(phase.script, *phase.flags()).returncode == 1
+    benchmarks = [path.read_bytes() for path in tmp_path.glob("runs/*/benchmark.json")]
+    assert len(benchmarks) == 2
+    assert benchmarks[0] == benchmarks[1]
+
+
+def test_seeds_differ(tmp_path, phase):
+    weights = []
+    for seed in (0, 1):
+        args = phase.args(iterations=6, seed=seed, num_evaluations=1, save_model=False)
+        agent, _steps = phase.module.train(args, dynamics.GBM(), tmp_path, CPU, None, None)
+        weights.append(torch.cat([p.flatten() for p in agent.parameters()]))
+    assert not torch.equal(*weights)
+
+
+def test_evaluate_on_other_markets(script, tmp_path, phase):
+    script(phase.script, *phase.flags())
+    trained = run_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    result = script(phase.script, "--evaluate", trained, "--dynamics", "heston", "--cost-rate", 2e-3)
+    assert result.returncode in (0, 1), result.stderr
+    content = json.loads((run_folder(tmp_path, "*evaluate*") / "benchmark.json").read_text())
+    assert content["settings"]["dynamics"] == "heston"
+    assert content["settings"]["cost_rate"] == 2e-3
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_evaluate_on_the_real_sp500(script, tmp_path, phase):
+    script(phase.script, *phase.flags(dynamics="garch", history_end="2010-12-31"))
+    result = script(phase.script, "--evaluate", run_folder(tmp_path), "--dynamics", "historical")
+    assert result.returncode in (0, 1), result.stderr
+    folder = run_folder(tmp_path, "*evaluate*")
+    content = json.loads((folder / "benchmark.json").read_text())
+    assert content["settings"]["windows"] == "all of 30 days, 2011-01-03 to 2018-12-31, returns demeaned"
+    assert content["settings"]["episodes"] == 2012 - 29
+    separate = json.loads((folder / "benchmark_non_overlapping.json").read_text())
+    assert separate["settings"]["episodes"] == -(-(2012 - 29) // 30)
+    assert ("optimum of the fitted model" in content["rows"]) == (phase.module.PHASE == "phase1")
+
+
+def test_copy_and_modify(script, tmp_path, phase):
+    """The user's way of working: copy the file, change lines, run it; nothing but envs/ is needed beside it."""
+    shutil.copytree(ROOT / "envs", tmp_path / "copy" / "envs")
+    source = (ROOT / phase.script).read_text()
+    changed = re.sub(r"nn\.(Tanh|ReLU)\(\)", "nn.SiLU()", source).replace("gamma: float = 1.0", "gamma: float = 0.99")
+    assert changed.count("SiLU") > 1
+    (tmp_path / "copy" / "my_idea.py").write_text(changed)
+    result = script("my_idea.py", *phase.flags(), root=tmp_path / "copy")
+    assert result.returncode in (0, 1), result.stderr
+    folder = run_folder(tmp_path)
+    assert "my_idea" in folder.name
+    assert json.loads((folder / "args.json").read_text())["gamma"] == 0.99
+
+
+def test_no_phase_imports_another_and_envs_keeps_to_itself():
+    phases = [path.stem for path in ROOT.glob("phase*.py")]
+    for path in [*ROOT.glob("phase*.py"), *(ROOT / "envs").glob("*.py")]:
+        text = path.read_text()
+        assert not re.search(rf"(from|import) ({'|'.join(phases)})", text), path
+        if path.parent.name == "envs":
+            assert "import wandb" not in text, path
+            assert "sys.argv" not in text, path
+
+
+def test_track_offline(script, tmp_path, phase):
+    result = script(phase.script, *phase.flags(), "--track", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    assert result.returncode in (0, 1), result.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_help_reads_like_documentation(script, phase):
+    result = script(phase.script, "--help")
+    assert result.returncode == 0
+    for text in ("--num-envs", "--cudagraphs", "Exit code", "--evaluate", "exact optimum"):
+        assert text in result.stdout
+
+
+def test_compile_gives_the_same_results(tmp_path, phase):
+    few = {"num_minibatches": 2} if phase.module.PHASE == "phase1" else {"utd": 0.005}
+    args = phase.args(iterations=5, num_evaluations=1, save_model=False, **few)
+    weights = []
+    for compiled in (False, True):
+        args.compile = compiled
+        agent, _steps = phase.module.train(args, dynamics.GBM(), tmp_path, CPU, None, None)
+        weights.append(torch.cat([p.flatten() for p in agent.parameters()]).detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_give_the_same_results(tmp_path, phase):
+    args = phase.args(num_evaluations=2, save_model=False)
+    weights = []
+    for captured in (False, True):
+        args.cudagraphs = captured
+        agent, _steps = phase.module.train(args, dynamics.GBM(), tmp_path, torch.device("cuda"), None, None)
+        weights.append(torch.cat([p.flatten() for p in agent.parameters()]).detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+
+
+def test_divergence_stops_the_run_and_names_the_last_checkpoint(script, tmp_path, phase):
+    result = script(phase.script, *phase.flags(learning_rate=1e30))
+    assert result.returncode == 3
+    (line,) = [line.split("error: ")[1] for line in result.stderr.splitlines() if "error: " in line]
+    assert " by step " in line
+    assert "checkpoint.pt" in line
+    checkpoint = runs.load_checkpoint(run_folder(tmp_path), phase.module.PHASE)
+    assert all(value.isfinite().all() for value in checkpoint["agent"].values())
+
+
+def test_interrupt_has_its_own_exit_code(tmp_path, phase):
+    command = [sys.executable, str(ROOT / phase.script)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("runs/*/metrics.csv")) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
