@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -155,8 +156,8 @@ def validate(args: Args) -> None:
     runs.check_range(args, 1, 100, "mean_order_size")
     runs.check_range(args, 0, 100, "client_spread")
     lowest = 100.0 - args.strike_spacing * (args.num_strikes - 1) / 2
-    runs.check(lowest > 0, f"--strike-spacing is {args.strike_spacing} (the lowest strike, {lowest:g}, must be positive)")
-    increasing = all(a < b for a, b in zip(args.expiries, args.expiries[1:], strict=False))
+    runs.check(lowest > 0, f"--strike-spacing is {args.strike_spacing} (the lowest strike would be {lowest:g})")
+    increasing = all(a < b for a, b in pairwise(args.expiries))
     runs.check(
         increasing and args.expiries != () and args.expiries[0] >= 1 and args.expiries[-1] == args.num_steps,
         f"--expiries is {' '.join(map(str, args.expiries)) or 'empty'} (increasing days from 1 to --num-steps = "
@@ -178,10 +179,10 @@ def validate(args: Args) -> None:
     runs.check_range(args, 1, 2**20, "num_envs", "batch_size", "num_evaluations")
     runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
     episode = args.num_envs * args.num_steps
+    runs.check_range(args, episode, 10**12, "total_timesteps")
     runs.check_range(args, max(args.batch_size, episode), 10**10, "buffer_size")
     runs.check_range(args, 1 / episode, 64, "utd")  # an update or more after every episode
     runs.check_range(args, 0, args.total_timesteps, "learning_starts")
-    runs.check_range(args, episode, 10**12, "total_timesteps")
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
     runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
 
@@ -221,24 +222,25 @@ class Twin(nn.Module):
         x = x.expand(2, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             weight, bias = (weight.detach(), bias.detach()) if frozen else (weight, bias)
-            x = torch.baddbmm(bias, x if i == 0 else torch.relu(x), weight)
+            x = torch.baddbmm(bias, x if i == 0 else torch.relu_(x), weight)
         return x[..., 0]
 
 
 class Agent(nn.Module):
     """Squashed Gaussian policy and twin critics of the book after a trade.
 
-    The cost of a trade is known, and what it leads to depends on the book after it alone (Powell 2011, section 4.6, the
-    post-decision state). So Q(s, a) = −cost(s, a) + C(after the trade), and only C is learnt: a function of the net
-    delta after the trade, not of the net delta before it and of a band's two edges.
+    The cost of a trade is known, and what it leads to depends on the book after it alone (the post-decision state of
+    Powell 2011, section 4.6). So Q(s, a) = −cost(s, a) + C(book after the trade), and only C is learnt. The best
+    no-trade band does not depend on what is held, only what is done with it, so the actor does not see the net delta.
     """
 
     def __init__(self, env: HedgingEnv, hidden: int):
         super().__init__()
         size, actions = env.single_observation_space.shape[0], env.single_action_space.shape[0]
         self.actor = nn.Sequential(
-            nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * actions)
-        )
+            nn.Linear(size, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True),
+            nn.Linear(hidden, 2 * actions),
+        )  # fmt: skip
         with torch.no_grad():  # starts at the band that `fit` finds
             self.actor[-1].weight.mul_(0.01)
             self.actor[-1].bias.copy_(torch.tensor([0.0, 0.0, -1.0, -1.0]))
@@ -272,23 +274,28 @@ class Agent(nn.Module):
         natural = observation * self.observation_units
         return ((natural - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
+    def head(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Observation (n, size) → mean and logarithmic standard deviation (n, 2) of the Gaussian to be squashed."""
+        book = self.normalise(observation)
+        book[:, hedging.NET_DELTA] = 0.0
+        mean, log_std = self.actor(book).chunk(2, -1)
+        return mean, log_std.clamp(-5, 1)
+
     def to_band(self, action: Tensor) -> Tensor:
         """Action (n, 2) in (−1, 1) → (centre offset, half-width) in shares; zero is the best constant band."""
         return self.half_width * torch.stack((2.0 * action[:, 0], torch.exp(1.5 * action[:, 1])), -1)
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Observation (n, size), normals (n, 2) → action (n, 2) in (−1, 1) and its log-probability (n,)."""
-        mean, log_std = self.actor(self.normalise(observation)).chunk(2, -1)
-        log_std = log_std.clamp(-5, 1)
+        mean, log_std = self.head(observation)
         raw = mean + log_std.exp() * noise
         log_slope = 2 * (math.log(2) - raw - nn.functional.softplus(-2 * raw))  # ln(1 − tanh²), stable where it is tiny
         logprob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_slope
         return torch.tanh(raw), logprob.sum(-1)
 
     def policy(self, observation: Tensor) -> Tensor:
-        """The deterministic policy that is benchmarked: environment observation (n, size) → environment action (n, 2)."""
-        mean, _ = self.actor(self.normalise(observation)).chunk(2, -1)
-        return self.to_band(torch.tanh(mean))
+        """The deterministic policy that is benchmarked: observation (n, size) → environment action (n, 2)."""
+        return self.to_band(torch.tanh(self.head(observation)[0]))
 
 
 # ALGO LOGIC: SAC

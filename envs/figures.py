@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from envs.baselines import Policy
 from envs.benchmark import BENCHMARK_SEED, NAMED, VALIDATION_SEED, Contest, play
-from envs.hedging import HedgingEnv
+from envs.hedging import NET_DELTA, HedgingEnv
 from envs.runs import read_metrics
 
 AGENT, BASELINE, OPTIMUM, OTHER = "#1f5fbf", "#c23b22", "#2a8f4f", "#8a8a8a"
@@ -149,16 +149,19 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
         left = env.num_steps - day
         # ± 2 standard deviations of what is left, but at least those of a week
         width = 2 * (env.dynamics.initial_variance * max(left, 5) * env.dynamics.dt) ** 0.5
-        spots = env.middle_strike * torch.linspace(-width, width, env.num_envs, device=env.device, dtype=env.dtype).exp()
+        log_moneyness = torch.linspace(-width, width, env.num_envs, device=env.device, dtype=env.dtype)
+        spots = env.middle_strike * log_moneyness.exp()
         paths = spots[:, None].repeat(1, env.num_steps + 1)
         env.set_market(paths, torch.full_like(paths, env.dynamics.initial_variance), (orders, orders))
         env.replay()
         env.t, env.holding = day, -env.delta[day]  # as if hedged at the Black–Scholes delta until now
-        observation, x = env.observe(), spots.cpu().numpy()
-        (lower, upper), (low, high) = (_edges(policy, observation) for policy in (reference, agent))
-        drawn += [lower, upper, low, high]
+        x = spots.cpu().numpy()
+        lower, upper = _edges(reference, env.observe())
+        reach = 1.5 * float(np.quantile(np.abs((lower, upper)), 0.9))
+        low, high = (_traded_to(env, agent, start) for start in (-reach, reach))
+        drawn += [lower, upper]
         axis.fill_between(x, lower, upper, color=OPTIMUM, alpha=0.25, linewidth=0, label=f"{name}: no trade inside")
-        axis.plot(x, low, color=AGENT, linewidth=1.5, label="agent: no trade between the lines")
+        axis.plot(x, low, color=AGENT, linewidth=1.5, label="agent: trades to these lines from outside")
         axis.plot(x, high, color=AGENT, linewidth=1.5)
         axis.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta")
         axis.set_title(f"{left} day{'s' if left > 1 else ''} to {'the end' if env.num_options > 1 else 'expiry'}")
@@ -204,9 +207,8 @@ def book_episode(path: Path, title: str, contest: Contest) -> None:
         size = env.order_size[:, 0, :, side].cpu().numpy()
         day, option = size.nonzero()
         strikes = env.strike.cpu().numpy()[option]
-        market.scatter(
-            day, strikes, 25 * size[day, option] ** 0.7, color=colour, marker=marker, alpha=0.7, label=f"{label} (at strike)"
-        )
+        style = {"color": colour, "marker": marker, "alpha": 0.7, "label": f"{label} (at strike)"}
+        market.scatter(day, strikes, 25 * size[day, option] ** 0.7, **style)
     market.set(title="spot and client orders (area: size)", ylabel="currency")
     low, high = np.array(edges).T
     hedge.fill_between(days, low, high, step="mid", color=AGENT, alpha=0.15, linewidth=0, label="agent's no-trade band")
@@ -244,9 +246,8 @@ def cost_trend(path: Path, rows: Mapping[float, Mapping[str, Mapping[str, float]
     }  # fmt: skip
     rates = sorted(rows)
     figure, axes = _new(1, 2, (12, 4.8))
-    for axis, measure, label in zip(
-        axes, ("turnover", "net_delta"), ("shares traded in an episode", "mean |net delta| after trading (shares)"), strict=True
-    ):
+    labels = {"turnover": "shares traded in an episode", "net_delta": "mean |net delta| after trading (shares)"}
+    for axis, (measure, label) in zip(axes, labels.items(), strict=True):
         for name, (colour, line) in styles.items():
             if all(name in rows[rate] for rate in rates):
                 values = [rows[rate][name][measure] for rate in rates]
@@ -258,6 +259,19 @@ def cost_trend(path: Path, rows: Mapping[float, Mapping[str, Mapping[str, float]
     figure.suptitle(title)
     figure.tight_layout()
     _save(figure, path)
+
+
+@torch.no_grad()
+def _traded_to(env: HedgingEnv, policy: Policy, net_delta: float) -> np.ndarray:
+    """Net delta that the policy trades to at the environment's time from `net_delta`.
+
+    A policy that sees the net delta may say anything of a band's far edge, or of both from within: only what it does
+    tells what it has learnt.
+    """
+    env.holding = net_delta - env.delta[env.t]
+    observation = env.observe()
+    after, _ = env.after_trade(observation, policy(observation))
+    return (env.book_scale * after[:, NET_DELTA]).cpu().numpy()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ income_t is the client spread on the step's orders.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -64,7 +65,7 @@ def option_grid(strikes: Sequence[float], expiries: Sequence[int], spot: float =
         ValueError: strikes or expiries empty or not increasing.
     """
     for name, values in (("strikes", strikes), ("expiries", expiries)):
-        if len(values) == 0 or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        if len(values) == 0 or any(a >= b for a, b in pairwise(values)):
             raise ValueError(f"{name} are {', '.join(f'{x:g}' for x in values) or 'none'} (one or more, increasing)")
     return [Option(float(strike), expiry, strike >= spot) for expiry in expiries for strike in strikes]
 
@@ -156,9 +157,10 @@ class HedgingEnv(VectorEnv):
 
     Expiry is termination, never truncation. There is no autoreset (`AutoresetMode.DISABLED`): call `reset` after
     `num_steps` steps. `info` holds, per step and environment: `wealth_change` ΔW (before costs), `income`, `cost`,
-    `traded` (shares, absolute) and `net_delta` (shares, after the trade). Two more tell what befalls Black–Scholes delta
-    hedging of the same book on the same path; they do not depend on the actions, so they can serve as control variates:
-    `hedged_change`, its ΔW, and `hedged_cost`, the cost of its trade after that change (of unwinding, at the end).
+    `traded` (shares, absolute) and `net_delta` (shares, after the trade). Two more tell what befalls Black–Scholes
+    delta hedging of the same book on the same path; they do not depend on the actions, so they can serve as control
+    variates: `hedged_change`, its ΔW, and `hedged_cost`, the cost of its trade after that change (at the end, of
+    unwinding).
 
     Raises:
         ValueError: an argument outside its range.
@@ -351,7 +353,7 @@ class HedgingEnv(VectorEnv):
 
     @staticmethod
     def to_band(net_delta: Tensor, actions: Tensor) -> Tensor:
-        """Net delta (n,) in shares → what it is after the trade that actions (n, 2) ask for: the nearest in the band."""
+        """Net delta (n,) in shares → the nearest one in the band of actions (n, 2), where the trade takes it."""
         centre, half_width = actions[:, 0], actions[:, 1].clamp(min=0)
         return torch.minimum(torch.maximum(net_delta, centre - half_width), centre + half_width)
 

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from envs import black_scholes
-from envs.dynamics import GARCH, GBM, Dynamics
+from envs.dynamics import GARCH, GBM
 from envs.hedging import HedgingEnv, OrderLaw
 
 Tensor = torch.Tensor

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 import phase1_delta_hedge_ppo as phase1
-from envs import runs
+import phase2_multi_order_sac as phase2
+from envs import dynamics, runs
 
 
-def fails(capsys, tmp_path, monkeypatch, *flags) -> str:
+def fails(capsys, tmp_path, monkeypatch, *flags, phase=phase1) -> str:
     """Runs main in an empty folder; returns the one line on stderr."""
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        runs.run(phase1.main, [*map(str, flags)])
+        runs.run(phase.main, [*map(str, flags)])
     errors = capsys.readouterr().err
     assert stop.value.code == 2
     assert errors.count("\n") == 1
@@ -62,9 +63,56 @@ def test_flags(capsys, tmp_path, monkeypatch, flags, message):
     assert message in fails(capsys, tmp_path, monkeypatch, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dynamics", "levy"], "--dynamics is 'levy' (one of gbm, garch, heston, merton"),
+        (["--arrival-rate", -0.1], "--arrival-rate is -0.1 (more than 0, at most 10)"),
+        (["--arrival-rate", 0], "--arrival-rate is 0.0"),
+        (["--mean-order-size", 0.5], "--mean-order-size is 0.5 (at least 1"),
+        (["--client-spread", -1], "--client-spread is -1.0"),
+        (["--cost-rate", -1e-3], "--cost-rate is -0.001 (at least 0"),
+        (["--num-strikes", 0], "--num-strikes is 0"),
+        (["--strike-spacing", -5], "--strike-spacing is -5.0"),
+        (["--strike-spacing", 50], "the lowest strike would be 0"),
+        (["--expiries", 30, 15], "--expiries is 30 15 (increasing days from 1 to --num-steps = 30"),
+        (["--expiries", 15, 40], "--expiries is 15 40"),
+        (["--expiries", 10, 20], "--expiries is 10 20"),
+        (["--expiries", 0, 30], "--expiries is 0 30"),
+        (["--expiries", 15.5], "--expiries"),
+        (["--buffer-size", 100], "--buffer-size is 100 (at least 7680"),
+        (["--batch-size", 600_000], "--buffer-size is 500000 (at least 600000"),
+        (["--batch-size", 0], "--batch-size is 0"),
+        (["--utd", 0], "--utd is 0"),
+        (["--tau", 0], "--tau is 0"),
+        (["--gamma", 1.1], "--gamma is 1.1"),
+        (["--alpha", 0], "--alpha is 0.0"),
+        (["--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--learning-starts", -1], "--learning-starts is -1"),
+        (["--hidden-size", 0], "--hidden-size is 0"),
+        (["--seed", 1_000_000], "--seed is 1000000"),
+        (["--total-timesteps", 100], "--total-timesteps is 100 (at least 7680"),
+        (["--evaluate", "absent.pt"], "absent.pt: no such checkpoint"),
+    ],
+)
+def test_flags_of_phase2(capsys, tmp_path, monkeypatch, flags, message):
+    assert message in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
+
+
+def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypatch):
+    args = phase2.Args()
+    env = phase2.make_env(args, dynamics.GBM(), 1, torch.device("cpu"))
+    agent = phase2.Agent(env, args.hidden_size)
+    content = {"phase": "phase2", "args": vars(args), "agent": agent.state_dict(), "iteration": 0}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    flags = ("--evaluate", tmp_path, "--num-strikes", 3)
+    assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cudagraphs_without_a_gpu(capsys, tmp_path, monkeypatch):
-    assert "--cudagraphs needs a GPU" in fails(capsys, tmp_path, monkeypatch, "--cudagraphs")
+    for phase in (phase1, phase2):
+        assert "--cudagraphs needs a GPU" in fails(capsys, tmp_path, monkeypatch, "--cudagraphs", phase=phase)
 
 
 @pytest.mark.parametrize(

@@ -256,10 +256,9 @@ def test_wealth_of_a_book(name):
         _, _, terminated, _, info = env.step(action)
         expired = env.expiry == t + 1
         payoff = torch.where(env.is_call, env.spot[t + 1][:, None] - env.strike, env.strike - env.spot[t + 1][:, None])
-        average = env.dynamics.expected_average_variance(env.variance[t + 1][:, None], (env.expiry - t - 1).clamp(min=0))
-        later = black_scholes.price(
-            env.spot[t + 1][:, None], env.strike, (tau - 1 / 252).clamp(min=0), average.sqrt(), env.is_call
-        )
+        left = (env.expiry - t - 1).clamp(min=0)
+        average = env.dynamics.expected_average_variance(env.variance[t + 1][:, None], left)
+        later = black_scholes.price(env.spot[t + 1][:, None], env.strike, left / 252, average.sqrt(), env.is_call)
         hedge_pnl += holding * (env.spot[t + 1] - env.spot[t]) + (position * live * (later - mark)).sum(-1)
         cash += (position * payoff.clamp(min=0) * expired).sum(-1)  # settled in cash
         position = torch.where(expired, 0.0, position)
@@ -278,7 +277,7 @@ def test_wealth_of_a_book(name):
 
 
 def test_orders_are_poisson():
-    """Numbers in a step have variance = mean and the right distribution; their gaps are exponential; all independent."""
+    """Numbers in a step have the right distribution, variance = mean; gaps are exponential; all are independent."""
     env = book_env(20_000, arrival_rate=0.3)
     env.reset(seed=0)
     live = env.order_number[:15].double()  # (steps, n, options, sides): both expiries trade

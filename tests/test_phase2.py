@@ -49,11 +49,11 @@ def test_replay_buffer_keeps_the_latest_and_samples_only_what_it_has():
         buffer.add(x[:, None].expand(n, 3), x, x, x[:, None].expand(n, 3), torch.zeros(n))
 
     add(1, 4)
-    observations, net_deltas, rewards, next_observations, dones = buffer.sample(1000, generator)
+    observations, net_deltas, rewards, next_observations, _ = buffer.sample(1000, generator)
     assert set(rewards.tolist()) == {1, 2, 3, 4}
     add(5, 4)
     add(9, 4)
-    observations, net_deltas, rewards, next_observations, dones = buffer.sample(2000, generator)
+    observations, net_deltas, rewards, next_observations, _ = buffer.sample(2000, generator)
     assert set(rewards.tolist()) == set(range(3, 13))
     for column in (observations[:, 0], net_deltas, next_observations[:, 2]):
         assert torch.equal(column, rewards)  # rows stay together
@@ -141,8 +141,8 @@ def test_logprob_is_that_of_a_squashed_gaussian():
     agent = agent.double()
     observation, noise = observation.double(), torch.randn(32, 2, dtype=torch.float64)
     action, logprob = agent.act(observation, noise)
-    mean, log_std = agent.actor(agent.normalise(observation)).chunk(2, -1)
-    normal = torch.distributions.Normal(mean, log_std.clamp(-5, 1).exp())
+    mean, log_std = agent.head(observation)
+    normal = torch.distributions.Normal(mean, log_std.exp())
     squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
     torch.testing.assert_close(logprob, squashed.log_prob(action).sum(-1), rtol=1e-3, atol=1e-3)
 
@@ -161,6 +161,16 @@ def test_policy_is_what_training_acts_with_and_means_the_same_under_another_orde
     same, _ = busy.replay()
     assert not torch.allclose(same, observation)  # other units
     torch.testing.assert_close(other.policy(same), agent.policy(observation), rtol=1e-4, atol=1e-5)
+
+
+def test_the_band_does_not_depend_on_what_is_held():
+    _, env, agent = make()
+    agent.actor[-1].weight.data.normal_()
+    observation, _ = env.reset(seed=0)
+    moved = observation.clone()
+    moved[:, hedging.NET_DELTA] += 0.3
+    assert torch.equal(agent.policy(observation), agent.policy(moved))
+    assert not torch.equal(agent.critic(agent.normalise(observation)), agent.critic(agent.normalise(moved)))
 
 
 def test_training_improves_the_policy(tmp_path):

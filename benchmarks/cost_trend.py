@@ -1,0 +1,78 @@
+"""The published trend: as trading gets dearer, the agent hedges less. Trains phase 2 once for each cost rate.
+
+    python benchmarks/cost_trend.py                        six agents, two at a time: about 20 minutes on two cores
+    python benchmarks/cost_trend.py --total-timesteps 1000000 --cost-rates 1e-4 1e-3
+
+Each agent leaves its own run folder under runs/; the figure and its data go to runs/cost_trend/.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from envs import figures, runs  # noqa: E402
+from phase2_multi_order_sac import Args as Phase2Args  # noqa: E402
+
+
+@dataclass
+class Args:
+    """Trains phase 2 for several cost rates and draws how much is hedged."""
+
+    cost_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
+    """proportional costs per unit of currency traded (1e-4 = 1 bp)"""
+    total_timesteps: int = Phase2Args.total_timesteps
+    """environment steps of each run"""
+    eval_episodes: int = Phase2Args.eval_episodes
+    """episodes of each benchmark"""
+    seed: int = 1
+    """seed of every run"""
+    jobs: int = 2
+    """runs side by side"""
+
+
+def train(args: Args, cost_rate: float) -> dict:
+    """Runs the script as a user would; returns its benchmark.json."""
+    name = f"cost_trend_{1e4 * cost_rate:g}bp"
+    command = [sys.executable, str(ROOT / "phase2_multi_order_sac.py"), "--exp-name", name, "--seed", str(args.seed)]
+    command += ["--cost-rate", str(cost_rate), "--total-timesteps", str(args.total_timesteps)]
+    command += ["--eval-episodes", str(args.eval_episodes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise runs.UsageError(f"cost rate {cost_rate:g}: {done.stderr.strip().splitlines()[-1]}")
+    folder = Path(done.stdout.split(":", 1)[0])
+    print(f"{1e4 * cost_rate:g} bp: {folder}, {'passed' if done.returncode == 0 else 'failed'}", flush=True)
+    return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+
+
+def main(argv) -> bool:
+    args = runs.parse_args(Args, argv)
+    runs.check(len(args.cost_rates) > 1, "--cost-rates needs two or more")
+    runs.check(all(0 < rate <= 0.5 for rate in args.cost_rates), f"--cost-rates are {args.cost_rates} (0 to 0.5)")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        benchmarks = list(pool.map(lambda rate: train(args, rate), args.cost_rates))
+    folder = runs.new_folder(Path("runs/cost_trend"))
+    rows = {rate: result["rows"] for rate, result in zip(args.cost_rates, benchmarks, strict=True)}
+    runs.write_json(folder / "cost_trend.json", {str(rate): row for rate, row in rows.items()})
+    figures.cost_trend(folder / "cost_trend.png", rows, f"Phase 2: hedging against its cost (seed {args.seed})")
+    print("\n cost rate   agent: shares traded, |net delta|   constant band: shares traded, |net delta|")
+    for rate in sorted(rows):
+        agent, band = rows[rate]["agent"], rows[rate]["constant band, tuned"]
+        print(f"{1e4 * rate:7g} bp {agent['turnover']:23.2f} {agent['net_delta']:13.3f}", end="")
+        print(f"{band['turnover']:32.2f} {band['net_delta']:13.3f}")
+    turnover = [rows[rate]["agent"]["turnover"] for rate in sorted(rows)]
+    left = [rows[rate]["agent"]["net_delta"] for rate in sorted(rows)]
+    trend = turnover == sorted(turnover, reverse=True) and left == sorted(left)
+    print(f"trades less and keeps more delta as the cost grows: {'yes' if trend else 'NO'}; figure: {folder}")
+    return trend
+
+
+if __name__ == "__main__":
+    runs.run(main, sys.argv[1:])
