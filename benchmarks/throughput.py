@@ -1,4 +1,4 @@
-"""Steps per second of the whole PPO loop of phase 1 (market, policy, update), and of Stable-Baselines3 on its market.
+"""Steps and updates per second of the whole loop of a phase (market, policy, update), and of Stable-Baselines3's.
 
     python benchmarks/throughput.py                                   this machine's CPU
     python benchmarks/throughput.py --num-envs 64 1024 16384 --modes eager cudagraphs
@@ -22,13 +22,16 @@ import torch
 import tyro
 
 import phase1_delta_hedge_ppo as phase1
+import phase2_multi_order_sac as phase2
 from envs import HedgingEnv, runs
 
 
 @dataclass
 class Args:
-    """Measures steps per second of phase 1."""
+    """Measures steps and updates per second of phases 1 and 2."""
 
+    phases: tuple[Literal["phase1", "phase2"], ...] = ("phase1", "phase2")
+    """phases to measure"""
     num_envs: tuple[int, ...] = (64, 1024)
     """numbers of environments to measure"""
     modes: tuple[Literal["eager", "cudagraphs", "compile"], ...] = ("eager",)
@@ -40,7 +43,8 @@ class Args:
     torch_threads: int = 1
     """CPU threads of torch"""
     peers: bool = False
-    """also measure Stable-Baselines3's PPO on the same batched market, with the same rollout, minibatches and epochs"""
+    """also measure Stable-Baselines3 on the same batched markets: PPO with phase 1's rollout, minibatches and epochs; SAC
+    with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
 
 
 def phase1_speed(args: Args, num_envs: int, mode: str) -> float:
@@ -60,10 +64,31 @@ def phase1_speed(args: Args, num_envs: int, mode: str) -> float:
         return runs.read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
 
 
-def environment_speed(num_envs: int) -> float:
-    """Market alone: resets and steps with a constant action."""
+def phase2_speed(args: Args, num_envs: int, mode: str, **changes) -> tuple[float, float]:
+    """Environment steps and updates a second; with the default ratio of the two unless `changes` say otherwise."""
+    defaults = phase2.Args()
+    episode = num_envs * defaults.num_steps
+    settings = {"utd": max(defaults.utd, 1 / episode), "learning_starts": 0, "buffer_size": max(100_000, episode)}
+    phase_args = phase2.Args(
+        **{**settings, **changes},
+        num_envs=num_envs,
+        dynamics=args.dynamics,
+        total_timesteps=args.iterations * episode,
+        num_evaluations=2,
+        save_model=False,
+        cudagraphs=mode == "cudagraphs",
+        compile=mode == "compile",
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    env = HedgingEnv(num_envs, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        phase2.train(phase_args, phase2.make_dynamics(phase_args), Path(folder), device, None, None)
+        speed = runs.read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
+    return speed, speed * round(phase_args.utd * episode) / episode
+
+
+def environment_speed(env: HedgingEnv) -> float:
+    """Market alone: resets and steps with a constant action."""
+    num_envs, device = env.num_envs, env.device
     action = torch.full((num_envs, 2), 0.05, device=device)
     for repeat in range(13):
         if repeat == 3:
@@ -78,31 +103,29 @@ def environment_speed(num_envs: int) -> float:
     return 10 * num_envs * env.num_steps / (time.perf_counter() - start)
 
 
-def stable_baselines3_speed(num_envs: int, iterations: int) -> float:
-    """PPO of Stable-Baselines3 with the same networks, rollout, minibatches and epochs, on the batched market."""
-    from stable_baselines3 import PPO
+def batched(env: HedgingEnv):
+    """The environment as Stable-Baselines3's VecEnv, so that its own Python loop over rows is not what is measured."""
     from stable_baselines3.common.vec_env import VecEnv
 
-    class Batched(VecEnv):
-        """`HedgingEnv` as SB3's VecEnv, so that its own Python loop over environments is not what is measured."""
+    num_envs = env.num_envs
 
+    class Batched(VecEnv):
         def __init__(self):
-            self.env = HedgingEnv(num_envs)
-            super().__init__(num_envs, self.env.single_observation_space, self.env.single_action_space)
+            super().__init__(num_envs, env.single_observation_space, env.single_action_space)
 
         def reset(self):
-            return self.env.reset()[0].numpy()
+            return env.reset()[0].numpy()
 
         def step_async(self, actions):
             self.actions = torch.as_tensor(actions)
 
         def step_wait(self):
-            observation, reward, terminated, _, _ = self.env.step(self.actions)
+            observation, reward, terminated, _, _ = env.step(self.actions)
             infos = [{} for _ in range(num_envs)]
-            if self.env.t == self.env.num_steps:
+            if env.t == env.num_steps:
                 for i, info in enumerate(infos):
                     info["terminal_observation"] = observation[i].numpy()
-                observation, _ = self.env.reset()
+                observation, _ = env.reset()
             return observation.numpy(), reward.numpy(), terminated.numpy(), infos
 
         def close(self):
@@ -120,30 +143,67 @@ def stable_baselines3_speed(num_envs: int, iterations: int) -> float:
         def env_is_wrapped(self, *_, **__):
             return [False] * num_envs
 
-    batch = num_envs * 30
-    model = PPO("MlpPolicy", Batched(), n_steps=30, batch_size=batch // 8, n_epochs=4, learning_rate=1e-3, device="cpu")
+    return Batched()
+
+
+def stable_baselines3_ppo(env: HedgingEnv, iterations: int) -> float:
+    """Steps a second with the same networks, rollout, minibatches and epochs as phase 1."""
+    from stable_baselines3 import PPO
+
+    batch = env.num_envs * env.num_steps
+    settings = {"n_steps": env.num_steps, "batch_size": batch // 8, "n_epochs": 4, "learning_rate": 1e-3}
+    model = PPO("MlpPolicy", batched(env), **settings, device="cpu")
     model.learn(2 * batch)
     start = time.perf_counter()
     model.learn(iterations * batch)
     return iterations * batch / (time.perf_counter() - start)
 
 
+def stable_baselines3_sac(env: HedgingEnv, steps: int = 600) -> tuple[float, float]:
+    """Environment steps and updates a second, one update of 256 transitions at every step of all environments."""
+    from stable_baselines3 import SAC
+
+    settings = {"batch_size": 256, "train_freq": 1, "gradient_steps": 1, "policy_kwargs": {"net_arch": [64, 64]}}
+    model = SAC("MlpPolicy", batched(env), **settings, buffer_size=100_000, device="cpu")
+    model.learn(60 * env.num_envs)
+    start = time.perf_counter()
+    model.learn(steps * env.num_envs)
+    seconds = time.perf_counter() - start
+    return steps * env.num_envs / seconds, steps / seconds
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.torch_threads)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    rows = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    rows = []  # environments, what, steps/s, updates/s
+
+    def measured(num_envs: int, what: str, steps: float, updates: float | None = None) -> None:
+        rows.append(f"| {num_envs:,} | {what} | {steps:,.0f} | {'' if updates is None else f'{updates:,.0f}'} |")
+        print(rows[-1], flush=True)
+
     for num_envs in args.num_envs:
-        rows.append((num_envs, "market alone", environment_speed(num_envs)))
-        for mode in args.modes:
-            rows.append((num_envs, f"phase 1 PPO, {mode}", phase1_speed(args, num_envs, mode)))
-        if args.peers:
-            iterations = int(np.clip(200_000 // (num_envs * 30), 2, 40))
-            rows.append((num_envs, "Stable-Baselines3 PPO", stable_baselines3_speed(num_envs, iterations)))
+        if "phase1" in args.phases:
+            measured(num_envs, "phase 1's market alone", environment_speed(HedgingEnv(num_envs, device=device)))
+            for mode in args.modes:
+                measured(num_envs, f"phase 1, PPO, {mode}", phase1_speed(args, num_envs, mode))
+            if args.peers:
+                iterations = int(np.clip(200_000 // (num_envs * 30), 2, 40))
+                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(HedgingEnv(num_envs), iterations))
+        if "phase2" in args.phases:
+            phase_args = phase2.Args()
+            env = phase2.make_env(phase_args, phase2.make_dynamics(phase_args), num_envs, device)
+            measured(num_envs, "phase 2's market alone", environment_speed(env))
+            for mode in args.modes:
+                measured(num_envs, f"phase 2, SAC, {mode}", *phase2_speed(args, num_envs, mode))
+            if args.peers:
+                small = {"batch_size": 256, "hidden_size": 64, "utd": 1 / num_envs}
+                measured(num_envs, "phase 2, 64×64, 256 a batch", *phase2_speed(args, num_envs, "eager", **small))
+                measured(num_envs, "Stable-Baselines3 SAC, the same", *stable_baselines3_sac(env))
     print(f"\n{where}, torch {torch.__version__}, {args.torch_threads} thread(s)\n")
-    print("| environments | what | steps/s |\n|---:|---|---:|")
-    for num_envs, what, speed in rows:
-        print(f"| {num_envs:,} | {what} | {speed:,.0f} |")
+    print("| environments | what | steps/s | updates/s |\n|---:|---|---:|---:|")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
