@@ -43,8 +43,8 @@ class Args:
     torch_threads: int = 1
     """CPU threads of torch"""
     peers: bool = False
-    """also measure Stable-Baselines3 on the same batched markets: PPO with phase 1's rollout, minibatches and epochs; SAC
-    with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
+    """also measure Stable-Baselines3 on the same batched markets: PPO with phase 1's rollout, minibatches and epochs;
+    SAC with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
 
 
 def phase1_speed(args: Args, num_envs: int, mode: str) -> float:
