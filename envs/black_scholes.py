@@ -9,6 +9,7 @@ Source: Black & Scholes (1973); Hull, *Options, Futures, and Other Derivatives*,
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -83,7 +84,10 @@ def price(spot, strike, time_to_expiry, volatility, is_call=True) -> Tensor:
         >>> round(price(100.0, 100.0, 30 / 252, 0.2).item(), 4)
         2.7521
     """
-    spot, strike, _, _, sign, d1, d2, live = _prepare(spot, strike, time_to_expiry, volatility, is_call)
+    return _price(*_prepare(spot, strike, time_to_expiry, volatility, is_call))
+
+
+def _price(spot, strike, _tau, _volatility, sign, d1, d2, live) -> Tensor:
     intrinsic = 0.5 * (sign * (spot - strike) + (spot - strike).abs())  # autograd gives the delta ½ at the kink
     # The out-of-the-money option, plus the intrinsic value by put–call parity: in the money, the time value would
     # otherwise be lost in the rounding of two large terms.
@@ -95,13 +99,19 @@ def price(spot, strike, time_to_expiry, volatility, is_call=True) -> Tensor:
 
 def delta(spot, strike, time_to_expiry, volatility, is_call=True) -> Tensor:
     """∂price/∂spot, in shares per option: φ N(φd₁); at expiry 0, ½ (at the money) or ±1. Arguments as in `price`."""
-    *_, sign, d1, _, _ = _prepare(spot, strike, time_to_expiry, volatility, is_call)
+    return _delta(*_prepare(spot, strike, time_to_expiry, volatility, is_call))
+
+
+def _delta(_spot, _strike, _tau, _volatility, sign, d1, _d2, _live) -> Tensor:
     return sign * normal_cdf(sign * d1)
 
 
 def gamma(spot, strike, time_to_expiry, volatility) -> Tensor:
     """∂²price/∂spot², per unit of currency: n(d₁)/(Sσ√τ); at expiry 0, and ∞ at the money. Arguments as in `price`."""
-    spot, _, tau, vol, _, d1, _, live = _prepare(spot, strike, time_to_expiry, volatility, True)
+    return _gamma(*_prepare(spot, strike, time_to_expiry, volatility, True))
+
+
+def _gamma(spot, _strike, tau, vol, _sign, d1, _d2, live) -> Tensor:
     at_expiry = torch.where(d1 == 0, math.inf, 0.0).to(spot.dtype)
     total_volatility = torch.where(live, vol, 1.0) * torch.where(live, tau, 1.0).sqrt()
     return torch.where(live, normal_pdf(d1) / (spot * total_volatility), at_expiry)
@@ -109,9 +119,27 @@ def gamma(spot, strike, time_to_expiry, volatility) -> Tensor:
 
 def vega(spot, strike, time_to_expiry, volatility) -> Tensor:
     """∂price/∂volatility, in currency per 1.00 (100 vol points): S n(d₁)√τ; 0 at expiry. Arguments as in `price`."""
-    spot, _, tau, _, _, d1, _, _ = _prepare(spot, strike, time_to_expiry, volatility, True)
+    return _vega(*_prepare(spot, strike, time_to_expiry, volatility, True))
+
+
+def _vega(spot, _strike, tau, _volatility, _sign, d1, _d2, _live) -> Tensor:
     safe_root = torch.where(tau > 0, tau, 1.0).sqrt()
     return torch.where(tau > 0, spot * normal_pdf(d1) * safe_root, 0.0)
+
+
+class Greeks(NamedTuple):
+    """What `price`, `delta`, `gamma` and `vega` return."""
+
+    price: Tensor
+    delta: Tensor
+    gamma: Tensor
+    vega: Tensor
+
+
+def greeks(spot, strike, time_to_expiry, volatility, is_call=True) -> Greeks:
+    """`price`, `delta`, `gamma` and `vega` at once, in about half the time. Arguments as in `price`."""
+    prepared = _prepare(spot, strike, time_to_expiry, volatility, is_call)
+    return Greeks(_price(*prepared), _delta(*prepared), _gamma(*prepared), _vega(*prepared))
 
 
 def theta(spot, strike, time_to_expiry, volatility) -> Tensor:

@@ -282,8 +282,9 @@ class HedgingEnv(VectorEnv):
         self.spot, self.variance = spot.T.contiguous(), variance.T.clamp(min=MIN_VARIANCE).contiguous()
         steps_left, dt = self.steps_left[:, None], self.dynamics.dt  # (num_steps + 1, 1, num_options)
         volatility = self.dynamics.expected_average_variance(self.variance[..., None], steps_left).sqrt()
-        arguments = (self.spot[..., None], self.strike, steps_left * dt, volatility)
-        self.mark = black_scholes.price(*arguments, self.is_call)
+        self.mark, delta, gamma, vega = black_scholes.greeks(
+            self.spot[..., None], self.strike, steps_left * dt, volatility, self.is_call
+        )
         alive = (self.steps_left > 0)[:-1, None]
         if orders is None:
             self.order_number = self.order_size = torch.zeros(self.num_steps, 1, 1, 2).to(self.spot)
@@ -298,10 +299,9 @@ class HedgingEnv(VectorEnv):
         self.cash_flow = -(self.position.diff(dim=0, prepend=torch.zeros_like(self.mark[:1])) * self.mark).sum(-1)
         self.cash_flow[:-1] += self.income
         self.book_change = (self.position[:-1] * self.mark.diff(dim=0)).sum(-1)
-        self.delta = (self.position * black_scholes.delta(*arguments, self.is_call)).sum(-1)
-        gamma = black_scholes.gamma(*arguments)  # infinite for an option that expires at the money
-        self.gamma = (self.position * torch.where(steps_left > 0, gamma, 0.0)).sum(-1)
-        vega = (self.position * black_scholes.vega(*arguments)).sum(-1)
+        self.delta = (self.position * delta).sum(-1)
+        self.gamma = (self.position * torch.where(steps_left > 0, gamma, 0.0)).sum(-1)  # ∞ at expiry at the money
+        vega = (self.position * vega).sum(-1)
         self.hedged_change = self.book_change - self.delta[:-1] * self.spot.diff(dim=0)
         self.hedged_cost = self.cost_rate * self.delta.diff(dim=0).abs() * self.spot[1:]
 

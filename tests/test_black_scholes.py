@@ -135,3 +135,15 @@ def test_float32_and_broadcasting():
     assert value.dtype == torch.float32
     implied = bs.implied_volatility(value, torch.full((5, 1), 100.0), torch.tensor([90.0, 100.0, 110.0]), 0.5)
     torch.testing.assert_close(implied, torch.full((5, 3), 0.2), atol=1e-5, rtol=0)
+
+
+def test_greeks_at_once_are_those_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    spot = 100 * torch.exp(0.2 * torch.randn(500, generator=generator, dtype=torch.float64))
+    tau = torch.rand(500, generator=generator, dtype=torch.float64).round(decimals=1)  # zero among them
+    is_call = torch.rand(500, generator=generator) < 0.5
+    together = bs.greeks(spot, 100.0, tau, 0.2, is_call)
+    assert torch.equal(together.price, bs.price(spot, 100.0, tau, 0.2, is_call))
+    assert torch.equal(together.delta, bs.delta(spot, 100.0, tau, 0.2, is_call))
+    assert torch.equal(together.gamma, bs.gamma(spot, 100.0, tau, 0.2))
+    assert torch.equal(together.vega, bs.vega(spot, 100.0, tau, 0.2))
