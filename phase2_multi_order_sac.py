@@ -6,6 +6,7 @@ whole episodes of every environment go into a replay buffer on the device, then 
 envs/; copy this file, change thirty lines, run it.
 """
 
+import copy
 import math
 import sys
 import time
@@ -101,20 +102,23 @@ class Args:
     """weight of ½ΔW² in the reward, 1/currency"""
 
     # The algorithm
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 8_000_000
     """environment steps of the whole run, over all environments"""
-    num_envs: int = 256
+    num_envs: int = 1024
     """environments side by side"""
-    buffer_size: int = 500_000
+    random_share: float = 0.25
+    """share of the environments that always act at random, so that the critics know more than the policy's own bands"""
+    buffer_size: int = 1_000_000
     """environment steps that the replay buffer keeps; its memory is printed before training"""
     save_buffer: bool = True
     """keep the replay buffer in checkpoint.pt; without it a resumed run fills a new one, with other numbers"""
-    learning_starts: int = 20_000
+    learning_starts: int = 30_000
     """environment steps with random actions before the first update"""
     batch_size: int = 1024
     """transitions in an update"""
-    utd: float = 1 / 256
-    """updates-to-data ratio: gradient updates per environment step (each step is used utd × batch_size times)"""
+    utd: float = 1 / 1024
+    """updates-to-data ratio: gradient updates per environment step, so that each is used utd × batch_size times; fresh
+    steps are cheap and worth more than old ones"""
     learning_rate: float = 1e-3
     """learning rate of Adam, for actor, critics and temperature"""
     anneal_lr: bool = True
@@ -123,16 +127,18 @@ class Args:
     """discount factor"""
     tau: float = 0.005
     """share of the critics that moves into the target critics at every update"""
+    average: float = 0.001
+    """the same for the average of the actor's weights, which is the policy that is evaluated"""
     hidden_size: int = 128
     """width of the two hidden layers of actor and critics"""
     autotune: bool = True
     """adapt the temperature, the weight of the entropy, to --target-entropy"""
     alpha: float = 0.02
     """temperature; with --autotune where it starts"""
-    target_entropy: float = -4.0
+    target_entropy: float = -2.0
     """entropy that --autotune holds the policy at, of the two squashed actions together"""
-    reward_scale: float = 3.0
-    """the training reward is multiplied by this, so that values are of order one"""
+    reward_scale: float = 10.0
+    """what Black–Scholes hedging loses in an episode, on average, is this in training, so that values are of order one"""
 
     # The benchmark
     num_evaluations: int = 20
@@ -174,7 +180,8 @@ def validate(args: Args) -> None:
     runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
     runs.check_range(args, 0, math.inf, "learning_rate", "reward_scale", "alpha", open_low=True)
     runs.check_range(args, 0, 1, "gamma")
-    runs.check_range(args, 0, 1, "tau", open_low=True)
+    runs.check_range(args, 0, 1, "tau", "average", open_low=True)
+    runs.check_range(args, 0, 1, "random_share")
     runs.check_range(args, -1000, 2, "target_entropy")
     runs.check_range(args, 1, 2**20, "num_envs", "batch_size", "num_evaluations")
     runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
@@ -232,6 +239,7 @@ class Agent(nn.Module):
     The cost of a trade is known, and what it leads to depends on the book after it alone (the post-decision state of
     Powell 2011, section 4.6). So Q(s, a) = −cost(s, a) + C(book after the trade), and only C is learnt. The best
     no-trade band does not depend on what is held, only what is done with it, so the actor does not see the net delta.
+    The actor moves with the noise of every update; the policy is the average of its weights (Polyak & Juditsky 1992).
     """
 
     def __init__(self, env: HedgingEnv, hidden: int):
@@ -244,6 +252,7 @@ class Agent(nn.Module):
         with torch.no_grad():  # starts at the band that `fit` finds
             self.actor[-1].weight.mul_(0.01)
             self.actor[-1].bias.copy_(torch.tensor([0.0, 0.0, -1.0, -1.0]))
+        self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Twin(size, hidden)
         self.target_critic = Twin(size, hidden).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -253,12 +262,15 @@ class Agent(nn.Module):
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
         self.register_buffer("half_width", torch.ones(()))
+        self.register_buffer("reward_unit", torch.ones(()))  # currency
         self.register_buffer("observation_units", env.observation_units.clone(), persistent=False)
 
     @torch.no_grad()
     def fit(self, env: HedgingEnv) -> None:
-        """Finds the unit of the bands and the scales of the observation on a market apart."""
+        """Finds the units of rewards and bands and the scales of the observation on a market apart."""
         env.reset(seed=benchmark.VALIDATION_SEED)
+        loss = -benchmark.play(env, baselines.black_scholes_delta(env))["objective_centred"].mean()
+        self.reward_unit.fill_(max(loss, 1e-6))
         self.half_width.fill_(benchmark.tune(env, lambda width: baselines.constant_band(env, width), 0.1, ratio=1.3))
         observation, _ = env.replay()
         seen = []
@@ -274,11 +286,11 @@ class Agent(nn.Module):
         natural = observation * self.observation_units
         return ((natural - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
-    def head(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+    def head(self, actor: nn.Module, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Observation (n, size) → mean and logarithmic standard deviation (n, 2) of the Gaussian to be squashed."""
         book = self.normalise(observation)
         book[:, hedging.NET_DELTA] = 0.0
-        mean, log_std = self.actor(book).chunk(2, -1)
+        mean, log_std = actor(book).chunk(2, -1)
         return mean, log_std.clamp(-5, 1)
 
     def to_band(self, action: Tensor) -> Tensor:
@@ -287,7 +299,7 @@ class Agent(nn.Module):
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Observation (n, size), normals (n, 2) → action (n, 2) in (−1, 1) and its log-probability (n,)."""
-        mean, log_std = self.head(observation)
+        mean, log_std = self.head(self.actor, observation)
         raw = mean + log_std.exp() * noise
         log_slope = 2 * (math.log(2) - raw - nn.functional.softplus(-2 * raw))  # ln(1 − tanh²), stable where it is tiny
         logprob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_slope
@@ -295,7 +307,7 @@ class Agent(nn.Module):
 
     def policy(self, observation: Tensor) -> Tensor:
         """The deterministic policy that is benchmarked: observation (n, size) → environment action (n, 2)."""
-        return self.to_band(torch.tanh(self.head(observation)[0]))
+        return self.to_band(torch.tanh(self.head(self.average_actor, observation)[0]))
 
 
 # ALGO LOGIC: SAC
@@ -341,14 +353,16 @@ class ReplayBuffer(nn.Module):
 
 @torch.no_grad()
 def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, generator, explore: bool) -> None:
-    """Plays one whole episode in every environment into the buffer; with `explore` by uniformly random actions."""
+    """Plays one whole episode in every environment into the buffer: by the policy in some of them, and at random in
+    `args.random_share` of them, or with `explore` in all. Else the critics would see no net delta far from the policy's
+    own bands, and forget what is wrong with it."""
+    scale = args.reward_scale / agent.reward_unit
+    num_random = env.num_envs if explore else round(args.random_share * env.num_envs)
     observation, _ = env.reset()
     for _ in range(env.num_steps):
-        if explore:
-            action = 2 * torch.rand(env.num_envs, 2, generator=generator, device=env.device) - 1
-        else:
-            noise = torch.randn(env.num_envs, 2, generator=generator, device=env.device)
-            action, _ = agent.act(observation, noise)
+        noise = torch.randn(env.num_envs, 2, generator=generator, device=env.device)
+        action, _ = agent.act(observation, noise)
+        action[:num_random] = torch.erf(noise[:num_random] / math.sqrt(2))  # uniform in (−1, 1)
         band = agent.to_band(action)
         after, trade_cost = env.after_trade(observation, band)
         next_observation, reward, terminated, _, info = env.step(band)
@@ -357,7 +371,7 @@ def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, gen
         # befalls Black–Scholes delta hedging on the same path, its ½ΔW² and the cost of its next trade. Nothing may be
         # taken out that was known before the trade (its last trade, say): the net delta would stand in for it.
         hedged = info["hedged_cost"] + 0.5 * env.risk_aversion * info["hedged_change"] ** 2
-        reward = args.reward_scale * (reward + trade_cost - info["income"] - info["wealth_change"] + hedged)
+        reward = scale * (reward + trade_cost - info["income"] - info["wealth_change"] + hedged)
         buffer.add(observation, after[:, hedging.NET_DELTA], reward, next_observation, terminated.float())
         observation = next_observation
 
@@ -369,7 +383,7 @@ def sac_loss(agent: Agent, env: HedgingEnv, batch: tuple[Tensor, ...], noise: Te
     def value(critic, observation: Tensor, action: Tensor, **options) -> Tensor:
         """min Q(s, a) of the twins: the known cost of the trade, and what the critics say of the book after it."""
         after, cost = env.after_trade(observation, agent.to_band(action))
-        return critic(agent.normalise(after), **options).amin(0) - args.reward_scale * cost
+        return critic(agent.normalise(after), **options).amin(0) - args.reward_scale / agent.reward_unit * cost
 
     alpha = agent.log_alpha.exp()
     with torch.no_grad():
@@ -400,14 +414,16 @@ METRICS = (
 def update(agent: Agent, env, optimizer, buffer: ReplayBuffer, loss_function, args: Args, generator, updates: int):
     """`updates` gradient updates. Returns the mean of the loss parts (5,) and never waits for the device."""
     parts = []
-    targets, sources = list(agent.target_critic.parameters()), list(agent.critic.parameters())
+    targets, critics = list(agent.target_critic.parameters()), list(agent.critic.parameters())
+    averages, actors = list(agent.average_actor.parameters()), list(agent.actor.parameters())
     for _ in range(updates):
         noise = torch.randn(2, args.batch_size, 2, generator=generator, device=buffer.rewards.device)
         loss, loss_parts = loss_function(agent, env, buffer.sample(args.batch_size, generator), noise, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        torch._foreach_lerp_(targets, sources, args.tau)
+        torch._foreach_lerp_(targets, critics, args.tau)
+        torch._foreach_lerp_(averages, actors, args.average)
         parts.append(loss_parts)
     return torch.stack(parts).mean(0)
 

@@ -59,7 +59,14 @@ class Phase(NamedTuple):
         return self.module.Args(**{**flags, "eval_episodes": 512, **self.small, **changes})
 
 
-SAC_SMALL = {"learning_starts": 3_000, "buffer_size": 6_000, "batch_size": 64, "hidden_size": 32, "utd": 0.01}
+SAC_SMALL = {
+    "learning_starts": 3_000,
+    "buffer_size": 6_000,
+    "batch_size": 64,
+    "hidden_size": 32,
+    "utd": 0.01,
+    "average": 0.05,
+}
 PHASES = {
     "phase1": Phase(phase1, 64, {}, ("learning_curve.png", "no_trade_bands.png", "pnl.png")),
     "phase2": Phase(phase2, 32, SAC_SMALL, ("learning_curve.png", "no_trade_bands.png", "pnl.png", "book_episode.png")),

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from conftest import PHASES
 
@@ -77,7 +78,7 @@ def test_rewards_in_the_buffer_add_up_to_the_gain_over_black_scholes():
     env.generator.manual_seed(3)
     phase2.rollout(env, agent, buffer, args, generator, explore=True)
     noise = torch.Generator().manual_seed(0)
-    actions = [2 * torch.rand(400, 2, generator=noise) - 1 for _ in range(30)]
+    actions = [torch.erf(torch.randn(400, 2, generator=noise) / 2**0.5) for _ in range(30)]
     observation, _ = env.replay()
     gain, trade_costs = torch.zeros(400), torch.zeros(400)
     for action in actions:
@@ -87,9 +88,10 @@ def test_rewards_in_the_buffer_add_up_to_the_gain_over_black_scholes():
         gain += reward - info["income"] - info["wealth_change"]
     black_scholes = benchmark.play(env, lambda observation: torch.zeros(400, 2))
     opening = env.cost_rate * 100.0 * env.delta[0].abs()  # of the delta hedge, known before the first action
-    rewards = buffer.rewards.view(30, 400).sum(0) / 2.0
+    rewards = buffer.rewards.view(30, 400).sum(0) / 2.0 * agent.reward_unit
     expected = gain - torch.from_numpy(black_scholes["objective_centred"]).float() - opening
-    torch.testing.assert_close(rewards - trade_costs, expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(rewards - trade_costs, expected, atol=1e-3, rtol=1e-3)
+    assert agent.reward_unit.item() == pytest.approx(-black_scholes["objective_centred"].mean(), rel=0.2)
     assert buffer.dones.view(30, 400)[-1].all()
     assert buffer.dones.sum() == 400
 
@@ -115,7 +117,7 @@ def test_loss_is_sac():
         action, logprob = agent.act(observation, noise)
         after, cost = env.after_trade(observation, agent.to_band(action))
         one, two = critic(agent.normalise(after))
-        return torch.minimum(one, two) - args.reward_scale * cost - alpha * logprob, logprob
+        return torch.minimum(one, two) - args.reward_scale / agent.reward_unit * cost - alpha * logprob, logprob
 
     target = rewards + (1 - dones) * soft_value(agent.target_critic, next_observation, noise[0])[0]
     critic = sum(((q - target.detach()) ** 2).mean() for q in agent.critic(agent.normalise(after)))
@@ -141,7 +143,7 @@ def test_logprob_is_that_of_a_squashed_gaussian():
     agent = agent.double()
     observation, noise = observation.double(), torch.randn(32, 2, dtype=torch.float64)
     action, logprob = agent.act(observation, noise)
-    mean, log_std = agent.head(observation)
+    mean, log_std = agent.head(agent.actor, observation)
     normal = torch.distributions.Normal(mean, log_std.exp())
     squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
     torch.testing.assert_close(logprob, squashed.log_prob(action).sum(-1), rtol=1e-3, atol=1e-3)
@@ -165,7 +167,7 @@ def test_policy_is_what_training_acts_with_and_means_the_same_under_another_orde
 
 def test_the_band_does_not_depend_on_what_is_held():
     _, env, agent = make()
-    agent.actor[-1].weight.data.normal_()
+    agent.average_actor[-1].weight.data.normal_()
     observation, _ = env.reset(seed=0)
     moved = observation.clone()
     moved[:, hedging.NET_DELTA] += 0.3
@@ -175,8 +177,9 @@ def test_the_band_does_not_depend_on_what_is_held():
 
 def test_training_improves_the_policy(tmp_path):
     args = phase2.Args(
-        num_strikes=1, expiries=(30,), arrival_rate=0.25, mean_order_size=1.0, total_timesteps=400_000, batch_size=256,
-        hidden_size=64, num_evaluations=4, save_model=False, buffer_size=100_000,
+        num_strikes=1, expiries=(30,), arrival_rate=0.25, mean_order_size=1.0, num_envs=256, total_timesteps=400_000,
+        batch_size=256, hidden_size=64, utd=1 / 256, average=0.01, num_evaluations=4, save_model=False,
+        learning_starts=10_000, buffer_size=100_000,
     )  # fmt: skip
     phase2.train(args, dynamics.GBM(), tmp_path, CPU, None, None)
     curve = [row["charts/share_of_gap_closed"] for row in runs.read_metrics(tmp_path / "metrics.csv")]
