@@ -134,12 +134,12 @@ def validate(args: Args) -> None:
     runs.check_range(args, 1, 2520, "num_steps")
     runs.check_range(args, 2, 2**26, "eval_episodes")
     runs.check_range(args, 1, 1024, "torch_threads")
+    named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
+    runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
     if args.evaluate is not None:
         return  # the rest is about training
     fitted = args.dynamics == "garch"
     runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
-    named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
-    runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
     runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
     runs.check_range(args, 0, 1, "gamma", "gae_lambda")
     runs.check_range(args, 0, 1, "clip_coef", open_low=True)
@@ -200,7 +200,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fit_normaliser(self, env: HedgingEnv) -> None:
-        observation, _ = env.reset(seed=benchmark.VALIDATION_SEED)
+        observation, _ = env.reset(seed=benchmark.SCALE_SEED)
         seen = []
         for _ in range(env.num_steps):
             seen.append(observation)
@@ -477,11 +477,11 @@ def load_agent(args: Args, checkpoint: dict, env: HedgingEnv) -> Agent:
     except (RuntimeError, AttributeError, TypeError):
         raise runs.UsageError(f"{args.evaluate}: does not fit this script, its networks have other shapes") from None
     runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{args.evaluate}: NaN in its networks")
-    trained = checkpoint["args"]
-    if args.dynamics == "historical" and trained["dynamics"] == "garch":
-        seen = trained["history_end"]
-        apart = trained["history"] == args.history and seen is not None and seen <= args.history_end
-        until = f"closes of {trained['history'] or 'the S&P 500'} until {seen or 'their end'}"
+    trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
+    if args.dynamics == "historical" and trained.dynamics == "garch":
+        seen = trained.history_end
+        apart = trained.history == args.history and seen is not None and seen <= args.history_end
+        until = f"closes of {trained.history or 'the S&P 500'} until {seen or 'their end'}"
         runs.check(apart, f"--history-end is {args.history_end}, but the agent was trained on {until}")
     return agent
 
@@ -498,7 +498,8 @@ def main(argv) -> bool:
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:
         agent = load_agent(args, checkpoint, make_env(args, model, 1, device))
-        steps = checkpoint["args"]["num_envs"] * checkpoint["args"]["num_steps"] * checkpoint["iteration"]
+        trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
+        steps = trained.num_envs * trained.num_steps * checkpoint["iteration"]
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)

@@ -69,7 +69,7 @@ class Args:
     resume: str | None = None
     """run folder: continue it to exactly the numbers of an uninterrupted run"""
     compile: bool = False
-    """compile policy and loss with torch.compile (needs a C++ compiler; worth it on long runs)"""
+    """compile the loss with torch.compile (needs a C++ compiler; worth it on long runs)"""
     cudagraphs: bool = False
     """capture rollout and update as one CUDA graph (GPU only), for the launches that dominate with few environments"""
 
@@ -111,14 +111,15 @@ class Args:
     buffer_size: int = 1_000_000
     """environment steps that the replay buffer keeps; its memory is printed before training"""
     save_buffer: bool = True
-    """keep the replay buffer in checkpoint.pt; without it a resumed run fills a new one, with other numbers"""
+    """keep the replay buffer in checkpoint.pt; without it a resumed run first fills a new one, with fewer updates and
+    other numbers"""
     learning_starts: int = 30_000
     """environment steps with random actions before the first update"""
     batch_size: int = 1024
     """transitions in an update"""
     utd: float = 1 / 1024
-    """updates-to-data ratio: gradient updates per environment step, so that each is used utd × batch_size times; fresh
-    steps are cheap and worth more than old ones"""
+    """updates-to-data ratio: gradient updates per environment step, rounded to whole updates an episode of all
+    environments, at least one; each step is used utd × batch_size times, and fresh ones are cheap"""
     learning_rate: float = 1e-3
     """learning rate of Adam, for actor, critics and temperature"""
     anneal_lr: bool = True
@@ -128,7 +129,7 @@ class Args:
     tau: float = 0.005
     """share of the critics that moves into the target critics at every update"""
     average: float = 0.001
-    """the same for the average of the actor's weights, which is the policy that is evaluated"""
+    """the same for the moving average of the actor's weights, which is the policy that is evaluated"""
     hidden_size: int = 128
     """width of the two hidden layers of actor and critics"""
     autotune: bool = True
@@ -138,7 +139,7 @@ class Args:
     target_entropy: float = -2.0
     """entropy that --autotune holds the policy at, of the two squashed actions together"""
     reward_scale: float = 10.0
-    """what Black–Scholes hedging loses in an episode, on average, is this in training, so that values are of order one"""
+    """training rewards have the unit in which Black–Scholes hedging loses this much in an episode, on average"""
 
     # The benchmark
     num_evaluations: int = 20
@@ -157,7 +158,7 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, 1e6, "risk_aversion")
     runs.check_range(args, 1, 2520, "num_steps")
     runs.check_range(args, 1, 101, "num_strikes")
-    runs.check_range(args, 0, 50, "strike_spacing", open_low=True)
+    runs.check_range(args, 0.01, 50, "strike_spacing")
     runs.check_range(args, 0, 10, "arrival_rate", open_low=True)
     runs.check_range(args, 1, 100, "mean_order_size")
     runs.check_range(args, 0, 100, "client_spread")
@@ -169,26 +170,28 @@ def validate(args: Args) -> None:
         f"--expiries is {' '.join(map(str, args.expiries)) or 'empty'} (increasing days from 1 to --num-steps = "
         f"{args.num_steps}, which is the last)",
     )
+    options = args.num_strikes * len(args.expiries)
+    runs.check(options <= 100, f"--num-strikes × --expiries are {options} options (at most 100)")
     runs.check_range(args, 2, 2**26, "eval_episodes")
     runs.check_range(args, 1, 1024, "torch_threads")
     runs.check_range(args, 1, 4096, "hidden_size")
+    named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
+    runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
     if args.evaluate is not None:
         return  # the rest is about training
     fitted = args.dynamics == "garch"
     runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
-    named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
-    runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
     runs.check_range(args, 0, math.inf, "learning_rate", "reward_scale", "alpha", open_low=True)
     runs.check_range(args, 0, 1, "gamma")
     runs.check_range(args, 0, 1, "tau", "average", open_low=True)
     runs.check_range(args, 0, 1, "random_share")
-    runs.check_range(args, -1000, 2, "target_entropy")
+    runs.check_range(args, -1000, 1.38, "target_entropy")  # 2 ln 2 is that of uniform actions
     runs.check_range(args, 1, 2**20, "num_envs", "batch_size", "num_evaluations")
     runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
     episode = args.num_envs * args.num_steps
     runs.check_range(args, episode, 10**12, "total_timesteps")
     runs.check_range(args, max(args.batch_size, episode), 10**10, "buffer_size")
-    runs.check_range(args, 1 / episode, 64, "utd")  # an update or more after every episode
+    runs.check_range(args, 0, 64, "utd", open_low=True)
     runs.check_range(args, 0, args.total_timesteps, "learning_starts")
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
     runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
@@ -239,7 +242,7 @@ class Agent(nn.Module):
     The cost of a trade is known, and what it leads to depends on the book after it alone (the post-decision state of
     Powell 2011, section 4.6). So Q(s, a) = −cost(s, a) + C(book after the trade), and only C is learnt. The best
     no-trade band does not depend on what is held, only what is done with it, so the actor does not see the net delta.
-    The actor moves with the noise of every update; the policy is the average of its weights (Polyak & Juditsky 1992).
+    The actor moves with the noise of every update; the policy has a moving average of its weights.
     """
 
     def __init__(self, env: HedgingEnv, hidden: int):
@@ -257,26 +260,31 @@ class Agent(nn.Module):
         self.target_critic = Twin(size, hidden).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        # Observations are standardised, in natural units, by what a constant band met before training; its half-width
-        # is the unit of the agent's bands. Saved with the policy, which so means the same in any other market.
+        # Observations are standardised, in natural units, by what a constant band met before training, and the agent's
+        # bands have its half-width as their unit. Saved with the policy, which so means the same in any other market.
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
-        self.register_buffer("half_width", torch.ones(()))
+        self.register_buffer("half_width", torch.ones(()))  # shares
+        self.register_buffer("offset", torch.ones(()))  # shares
         self.register_buffer("reward_unit", torch.ones(()))  # currency
         self.register_buffer("observation_units", env.observation_units.clone(), persistent=False)
 
     @torch.no_grad()
     def fit(self, env: HedgingEnv) -> None:
         """Finds the units of rewards and bands and the scales of the observation on a market apart."""
-        env.reset(seed=benchmark.VALIDATION_SEED)
+        env.reset(seed=benchmark.SCALE_SEED)
         loss = -benchmark.play(env, baselines.black_scholes_delta(env))["objective_centred"].mean()
-        self.reward_unit.fill_(max(loss, 1e-6))
+        self.reward_unit.fill_(loss if loss > 1e-4 else 1.0)
         self.half_width.fill_(benchmark.tune(env, lambda width: baselines.constant_band(env, width), 0.1, ratio=1.3))
+        # Where volatility moves with the spot, the best centre is about the minimum-variance delta, at any cost.
+        minimum_variance, offsets = baselines.minimum_variance_delta(env), []
         observation, _ = env.replay()
         seen = []
         for _ in range(env.num_steps):
             seen.append(observation * self.observation_units)
+            offsets.append(minimum_variance(observation)[:, 0])
             observation, *_ = env.step(self.to_band(observation.new_zeros(env.num_envs, 2)))
+        self.offset.copy_(2.0 * torch.maximum(self.half_width, torch.cat(offsets).square().mean().sqrt()))
         mean, std = torch.cat(seen).mean(0), torch.cat(seen).std(0)
         self.observation_mean.copy_(mean)
         # What never varies in training (gbm's volatility) must not be blown up where it differs, in another market.
@@ -295,7 +303,7 @@ class Agent(nn.Module):
 
     def to_band(self, action: Tensor) -> Tensor:
         """Action (n, 2) in (−1, 1) → (centre offset, half-width) in shares; zero is the best constant band."""
-        return self.half_width * torch.stack((2.0 * action[:, 0], torch.exp(1.5 * action[:, 1])), -1)
+        return torch.stack((self.offset * action[:, 0], self.half_width * torch.exp(1.5 * action[:, 1])), -1)
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Observation (n, size), normals (n, 2) → action (n, 2) in (−1, 1) and its log-probability (n,)."""
@@ -390,10 +398,8 @@ def sac_loss(agent: Agent, env: HedgingEnv, batch: tuple[Tensor, ...], noise: Te
         next_actions, next_logprobs = agent.act(next_observations, noise[0])
         next_values = value(agent.target_critic, next_observations, next_actions) - alpha * next_logprobs
         targets = rewards + args.gamma * (1 - dones) * next_values  # expiry is terminal
-    done = torch.cat(
-        (observations[:, : hedging.NET_DELTA], net_deltas[:, None], observations[:, hedging.NET_DELTA + 1 :]), -1
-    )
-    critic_loss = (agent.critic(agent.normalise(done)) - targets).square().mean(-1).sum()
+    traded = hedging.with_net_delta(observations, net_deltas)
+    critic_loss = (agent.critic(agent.normalise(traded)) - targets).square().mean(-1).sum()
     actions, logprobs = agent.act(observations, noise[1])
     values = value(agent.critic, observations, actions, frozen=True)
     actor_loss = (alpha.detach() * logprobs - values).mean()
@@ -435,12 +441,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
     torch.manual_seed(args.seed)
     env = make_env(args, model, args.num_envs, device)
     size = env.single_observation_space.shape[0]
-    memory = ReplayBuffer.bytes_needed(args.buffer_size, size) / 2**20
-    print(f"replay buffer: {args.buffer_size:,} transitions, {memory:,.0f} MiB on {device}")
-    try:
-        buffer = ReplayBuffer(args.buffer_size, size).to(device)
-    except RuntimeError:  # torch's out-of-memory errors
-        raise runs.UsageError(f"--buffer-size is {args.buffer_size}: {memory:,.0f} MiB do not fit {device}") from None
+    buffer = ReplayBuffer(args.buffer_size, size).to(device)
     agent = Agent(env, args.hidden_size).to(device)
     agent.fit(make_env(args, model, 1024, device))
     agent.log_alpha.data.fill_(math.log(args.alpha))
@@ -454,11 +455,13 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
 
     episode = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // episode
-    updates = round(args.utd * episode)
+    updates = max(1, round(args.utd * episode))
     warm_up = math.ceil(args.learning_starts / episode)  # iterations of random actions
-    print(f"each iteration: {episode:,} environment steps, {updates} updates of {args.batch_size} transitions")
+    used = updates * args.batch_size / episode
+    print(f"each iteration: {episode:,} environment steps, then {updates} updates of {args.batch_size} transitions, so")
+    print(f"updates to data 1 to {episode / updates:,.0f}; each step is used {used:.2g} times")
     evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
-    first, rows, refill = 1, None, 0
+    first, rows, done, refill = 1, None, 0, 0
     if checkpoint is not None:
         try:
             agent.load_state_dict(checkpoint["agent"])
@@ -467,7 +470,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
                 group["lr"] = group["lr"].to(device)
             generator.set_state(checkpoint["generator"])
             env.generator.set_state(checkpoint["market_generator"])
-            first, rows = int(checkpoint["iteration"]) + 1, int(checkpoint["rows"])
+            first, rows, done = checkpoint["iteration"] + 1, int(checkpoint["rows"]), int(checkpoint["updates"])
             if checkpoint["buffer"] is not None:
                 buffer.load_state_dict(checkpoint["buffer"])
             else:
@@ -481,7 +484,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
             content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
             content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             content |= {"generator": generator.get_state(), "market_generator": env.generator.get_state()}
-            content |= {"buffer": buffer.state_dict() if args.save_buffer else None}
+            content |= {"updates": done, "buffer": buffer.state_dict() if args.save_buffer else None}
             content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
@@ -497,7 +500,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
     learn = iterate
     progress = tqdm(total=num_iterations * episode, initial=(first - 1) * episode, unit="step", unit_scale=True)
     progress.set_description("gain over Black–Scholes —")
-    clock, clock_steps, done = time.perf_counter(), 0, max(0, first - 1 - warm_up) * updates
+    clock, clock_steps = time.perf_counter(), 0
     losses = None
     for iteration in range(first, num_iterations + 1):
         if args.anneal_lr:
@@ -544,7 +547,8 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, steps: int
     )
     settings = {"dynamics": args.dynamics, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
     settings |= {"num_strikes": args.num_strikes, "expiries": list(args.expiries), "arrival_rate": args.arrival_rate}
-    settings |= {"mean_order_size": args.mean_order_size, "run seed": args.seed, "training steps": steps}
+    settings |= {"mean_order_size": args.mean_order_size, "client_spread": args.client_spread}
+    settings |= {"run seed": args.seed, "training steps": steps}
     if args.dynamics == "historical":
         settings |= {"closes": args.history or "S&P 500", "model fitted until": str(model.dates[0])}
     title = f"Phase 2 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
@@ -611,18 +615,23 @@ def load_agent(args: Args, checkpoint: dict, env: HedgingEnv) -> Agent:
     except (RuntimeError, AttributeError, TypeError):
         raise runs.UsageError(f"{args.evaluate}: does not fit this script, its networks have other shapes") from None
     runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{args.evaluate}: NaN in its networks")
-    trained = checkpoint["args"]
-    if args.dynamics == "historical" and trained["dynamics"] == "garch":
-        seen = trained["history_end"]
-        apart = trained["history"] == args.history and seen is not None and seen <= args.history_end
-        until = f"closes of {trained['history'] or 'the S&P 500'} until {seen or 'their end'}"
+    trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
+    for name, known, book in (
+        ("--num-strikes is", trained.num_strikes, args.num_strikes),
+        ("--expiries has", len(trained.expiries), len(args.expiries)),
+    ):
+        runs.check(known == book, f"{name} {book}, but the agent was trained with {known}: its book is another one")
+    if args.dynamics == "historical" and trained.dynamics == "garch":
+        seen = trained.history_end
+        apart = trained.history == args.history and seen is not None and seen <= args.history_end
+        until = f"closes of {trained.history or 'the S&P 500'} until {seen or 'their end'}"
         runs.check(apart, f"--history-end is {args.history_end}, but the agent was trained on {until}")
     return agent
 
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("rows", "optimizer", "generator", "market_generator", "buffer", "tracker")
+    resume_needs = ("rows", "optimizer", "generator", "market_generator", "updates", "buffer", "tracker")
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)
     model = make_dynamics(args)
@@ -632,12 +641,19 @@ def main(argv) -> bool:
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:
         agent = load_agent(args, checkpoint, make_env(args, model, 1, device))
-        steps = checkpoint["args"]["num_envs"] * checkpoint["args"]["num_steps"] * checkpoint["iteration"]
+        trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
+        steps = trained.num_envs * trained.num_steps * checkpoint["iteration"]
+    else:
+        size = make_env(args, model, 1, device).single_observation_space.shape[0]
+        memory = ReplayBuffer.bytes_needed(args.buffer_size, size)
+        runs.check_memory(memory, device, f"--buffer-size {args.buffer_size}")
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)
         runs.write_json(run_dir / "args.json", asdict(args))
     print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
+    if args.evaluate is None:
+        print(f"replay buffer: {args.buffer_size:,} transitions, {memory / 2**20:,.0f} MiB on {device}")
     if args.evaluate is None:
         agent, steps = train(args, model, run_dir, device, checkpoint, tracker)
     result = run_benchmark(args, model, agent, steps, run_dir, device)

@@ -39,7 +39,8 @@ def hedging_report(folder: Path, title: str, contest: Contest) -> None:
     if curve:  # the levels on the very episodes that the curve was measured on
         validation = contest.env.like(4096)
         validation.reset(seed=VALIDATION_SEED)
-        colours = {NAMED: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER, best: OPTIMUM}
+        colours = {NAMED: BASELINE, "constant band, tuned": OTHER, "Whalley–Wilmott, tuned": OTHER}
+        colours = {**{name: colour for name, colour in colours.items() if name != best}, best: OPTIMUM}
         objectives = {name: play(validation, policies[name])["objective_centred"].mean() for name in colours}
         levels = {name: (level - objectives[NAMED], colours[name]) for name, level in objectives.items()}
         learning_curve(folder / "learning_curve.png", curve, levels, contest.exact, f"{title}: training")
@@ -160,7 +161,8 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
         reach = 1.5 * float(np.quantile(np.abs((lower, upper)), 0.9))
         low, high = (_traded_to(env, agent, start) for start in (-reach, reach))
         drawn += [lower, upper]
-        axis.fill_between(x, lower, upper, color=OPTIMUM, alpha=0.25, linewidth=0, label=f"{name}: no trade inside")
+        colour = OPTIMUM if "optimum" in name else OTHER
+        axis.fill_between(x, lower, upper, color=colour, alpha=0.25, linewidth=0, label=f"{name}: no trade inside")
         axis.plot(x, low, color=AGENT, linewidth=1.5, label="agent: trades to these lines from outside")
         axis.plot(x, high, color=AGENT, linewidth=1.5)
         axis.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta")
@@ -181,7 +183,7 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
 
 @torch.no_grad()
 def book_episode(path: Path, title: str, contest: Contest) -> None:
-    """One episode of the benchmark: spot and orders, net delta before and after hedging with the band, book, cost."""
+    """One simulated episode: spot and orders, net delta before and after hedging with the band, book, cost."""
     env = contest.env.like(1)
     env.reset(seed=BENCHMARK_SEED)
     names = ("agent", NAMED, contest.best)
@@ -203,13 +205,17 @@ def book_episode(path: Path, title: str, contest: Contest) -> None:
     figure, axes = _new(2, 2, (13, 8), sharex=True)
     (market, hedge), (book, costs) = axes
     market.plot(np.arange(env.num_steps + 1), env.spot[:, 0].cpu(), color="black", label="spot")
-    for side, label, marker, colour in ((0, "clients buy", "^", OPTIMUM), (1, "clients sell", "v", BASELINE)):
+    for side, label, marker in ((0, "clients buy", "^"), (1, "clients sell", "v")):
         size = env.order_size[:, 0, :, side].cpu().numpy()
         day, option = size.nonzero()
-        strikes = env.strike.cpu().numpy()[option]
-        style = {"color": colour, "marker": marker, "alpha": 0.7, "label": f"{label} (at strike)"}
-        market.scatter(day, strikes, 25 * size[day, option] ** 0.7, **style)
-    market.set(title="spot and client orders (area: size)", ylabel="currency")
+        last = np.array([env.options[i].expiry == env.num_steps for i in option], bool)
+        # those of a nearer expiry hollow and a little to the left, so that none hides another
+        for chosen, face, shift, expiry in ((last, AGENT, 0.0, "last"), (~last, "none", -0.3, "nearer")):
+            if chosen.any():
+                strikes, area = env.strike.cpu().numpy()[option[chosen]], 25 * size[day[chosen], option[chosen]] ** 0.7
+                style = {"marker": marker, "facecolors": face, "edgecolors": AGENT, "alpha": 0.7}
+                market.scatter(day[chosen] + shift, strikes, area, **style, label=f"{label}, {expiry} expiry")
+    market.set(title="spot, and client orders at their strikes (area: size)", ylabel="currency")
     low, high = np.array(edges).T
     hedge.fill_between(days, low, high, step="mid", color=AGENT, alpha=0.15, linewidth=0, label="agent's no-trade band")
     hedge.vlines(days, before, after, color=AGENT, linewidth=1)
@@ -220,11 +226,19 @@ def book_episode(path: Path, title: str, contest: Contest) -> None:
     gamma = (env.gamma[:-1, 0] * env.initial_spot / 100).cpu()  # delta gained by one per cent of the spot
     book.plot(days, env.delta[:-1, 0].cpu(), color=AGENT, label="delta of the options (shares)")
     book.plot(days, gamma, color=OTHER, label="change of that delta as the spot rises 1 % (shares)")
-    book.bar(days, env.position[:-1, 0].sum(-1).cpu(), color=OTHER, alpha=0.25, label="options held, net")
+    book.bar(
+        days,
+        env.position[:-1, 0].sum(-1).cpu(),
+        color=OTHER,
+        alpha=0.25,
+        label="options held, puts and calls, less those sold",
+    )
     book.set(title="the book", ylabel="shares, options", xlabel="trading day")
     for name in names:
         costs.plot(days, cost[name], color=colours[name], label=f"{name}: {cost[name][-1]:.3f}")
-    costs.set(title="cost of hedging, cumulative", ylabel="currency", xlabel="trading day")
+    costs.set(
+        title="cost of hedging, cumulative (the last with the unwinding)", ylabel="currency", xlabel="trading day"
+    )
     for axis in axes.flat:
         for expiry in sorted({option.expiry for option in env.options}):
             axis.axvline(expiry, color="black", linestyle=":", linewidth=0.8)

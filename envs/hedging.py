@@ -41,7 +41,6 @@ OBSERVATION_NAMES = (
     "net delta",
 )  # and after them the position in every option
 NET_DELTA = OBSERVATION_NAMES.index("net delta")
-ACTION_NAMES = ("centre offset", "half-width")
 
 
 class Option(NamedTuple):
@@ -108,6 +107,11 @@ class OrderLaw:
         """Standard normals → number of orders and their total size, each of the shape of `noise`."""
         cell = torch.bucketize(normal_cdf(-noise), self.tail)
         return self.number[cell], self.size[cell]
+
+
+def with_net_delta(observation: Tensor, net_delta: Tensor) -> Tensor:
+    """The observation (n, …) with another net delta (n,), in the observation's units."""
+    return torch.cat((observation[:, :NET_DELTA], net_delta[:, None], observation[:, NET_DELTA + 1 :]), -1)
 
 
 class HedgingState(NamedTuple):
@@ -200,12 +204,14 @@ class HedgingEnv(VectorEnv):
                 raise ValueError(f"{name} is {value} (0 or more)")
         if not 0 < spot < float("inf"):
             raise ValueError(f"spot is {spot} (positive)")
+        if not abs(initial_position) < float("inf"):
+            raise ValueError(f"initial_position is {initial_position} (a finite number)")
         options = [Option(spot, num_steps)] if options is None else [Option(*option) for option in options]
         for strike, expiry, _ in options:
             if not 0 < strike < float("inf"):
                 raise ValueError(f"strike is {strike} (positive)")
-            if not 1 <= expiry <= num_steps:
-                raise ValueError(f"expiry is {expiry} (at least 1, at most num_steps = {num_steps})")
+            if not (1 <= expiry <= num_steps and expiry == int(expiry)):
+                raise ValueError(f"expiry is {expiry} (whole steps, at least 1, at most num_steps = {num_steps})")
         if not options or max(option.expiry for option in options) < num_steps:
             raise ValueError(f"expiry of the last option is not num_steps = {num_steps}, where the episode ends")
         self.num_envs, self.num_steps, self.num_options = num_envs, num_steps, len(options)
@@ -366,8 +372,7 @@ class HedgingEnv(VectorEnv):
         before = self.book_scale * observation[:, NET_DELTA]
         after = self.to_band(before, actions)
         cost = self.cost_rate * (after - before).abs() * self._spot(observation)
-        net_delta = (after / self.book_scale)[:, None]
-        return torch.cat((observation[:, :NET_DELTA], net_delta, observation[:, NET_DELTA + 1 :]), -1), cost
+        return with_net_delta(observation, after / self.book_scale), cost
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """Trades, then moves the market. actions (n, 2) → observation, reward, terminated, truncated (n,), info.

@@ -42,6 +42,9 @@ def _peak(values: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return grid[inner] + shift * (grid[1] - grid[0]), peak
 
 
+MAX_POSITION = 60  # options, of the dynamic programming with client orders
+
+
 class OptimalHedge:
     """The optimal no-trade band of a `HedgingEnv` with one option, as a policy: observation → action (n, 2).
 
@@ -91,9 +94,17 @@ class OptimalHedge:
 
 
 def has_optimum(env: HedgingEnv) -> bool:
-    """Whether `optimal_hedge` can solve this: one option; without client orders gbm and garch, with them gbm."""
+    """Whether `optimal_hedge` can solve this: one option; without client orders gbm and garch, with them gbm.
+
+    And no more positions than a grid can hold at the resolution that a band needs.
+    """
     solvable = GBM if env.order_law.rate > 0 else GBM | GARCH
-    return env.num_options == 1 and isinstance(env.dynamics, solvable)
+    return env.num_options == 1 and isinstance(env.dynamics, solvable) and _position_limit(env) <= MAX_POSITION
+
+
+def _position_limit(env: HedgingEnv) -> int:
+    """Five standard deviations of what the orders of an episode add up to, options."""
+    return int(np.ceil(5.0 * (2.0 * env.order_law.variance * env.num_steps) ** 0.5))
 
 
 def optimal_hedge(env: HedgingEnv, position_limit: int | None = None) -> OptimalHedge:
@@ -121,7 +132,7 @@ def optimal_hedge(env: HedgingEnv, position_limit: int | None = None) -> Optimal
         model = type(dynamics).__name__.lower()
         raise ValueError(
             f"no exact optimum for {env.num_options} options under {model} with {law.rate:g} orders a step "
-            "(only for one option under gbm, and garch without orders)"
+            f"(only for one option, under gbm with no more than {MAX_POSITION} of it likely, or garch without orders)"
         )
     num_steps, cost_rate, dt = env.num_steps, env.cost_rate, dynamics.dt
     (strike, _, is_call), option_delta = env.options[0], (0.0, 1.0) if env.options[0].is_call else (-1.0, 0.0)
@@ -129,8 +140,8 @@ def optimal_hedge(env: HedgingEnv, position_limit: int | None = None) -> Optimal
     num_spots, num_variances, num_holdings, num_nodes = (401, 1, 201, 31) if is_gbm else (201, 29, 121, 21)
     limit = 0
     if law.rate > 0:
-        limit = position_limit or int(np.ceil(5.0 * (2.0 * law.variance * num_steps) ** 0.5))
-        num_spots, num_holdings = 201, 1001
+        limit = _position_limit(env) if position_limit is None else position_limit
+        num_spots, num_holdings, num_nodes = 201, 1001, 64
     positions = env.initial_position + np.arange(-limit, limit + 1.0)
     num_positions = len(positions)
 

@@ -114,6 +114,8 @@ def saved_args(args_class: type, content, source: str):
         if isinstance(default, tuple) and isinstance(value, list):  # as JSON has it
             value = tuple(value)
         fits = value is None or isinstance(value, str) if default is None else type(value) is type(default)
+        if fits and isinstance(default, tuple):
+            fits = all(type(x) is type(default[0]) for x in value)
         check(fits, f"{source}: does not fit this script, its {name} is a {type(value).__name__}")
         setattr(args, name, value)
     return args
@@ -213,6 +215,8 @@ def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) 
     is_ours = isinstance(content, dict) and isinstance(content.get("phase"), str)
     check(is_ours, f"{path}: not a checkpoint of this project")
     check(content["phase"] == phase, f"{path}: a checkpoint of {content['phase']}, not of {phase}")
+    iteration = content.get("iteration", 0)
+    check(isinstance(iteration, int) and iteration >= 0, f"{path}: does not fit this script, its iteration is no count")
     missing = [name for name in required if name not in content]
     check(not missing, f"{path}: does not fit this script, it has no {', '.join(missing)}")
     return content
@@ -231,6 +235,18 @@ def read_metrics(path: Path, raw: bool = False) -> list[dict]:
             return [{k: v if raw else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     except (ValueError, TypeError, csv.Error):
         raise UsageError(f"{path}: damaged") from None
+
+
+def check_memory(num_bytes: int, device: torch.device, what: str) -> None:
+    """Raises `UsageError` if `num_bytes` are more than what is free on `device` (where that can be known)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    gigabytes, available = num_bytes / 2**30, free / 2**30
+    check(num_bytes <= free, f"{what} needs {gigabytes:,.1f} GiB (at most the {available:,.1f} GiB free on {device})")
 
 
 def new_folder(path: Path) -> Path:

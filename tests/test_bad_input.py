@@ -75,6 +75,10 @@ def test_flags(capsys, tmp_path, monkeypatch, flags, message):
         (["--num-strikes", 0], "--num-strikes is 0"),
         (["--strike-spacing", -5], "--strike-spacing is -5.0"),
         (["--strike-spacing", 50], "the lowest strike would be 0"),
+        (["--strike-spacing", 1e-20], "--strike-spacing is 1e-20 (at least 0.01"),
+        (["--num-strikes", 60, "--strike-spacing", 1], "are 120 options (at most 100)"),
+        (["--target-entropy", 1.5], "--target-entropy is 1.5"),
+        (["--buffer-size", 10_000_000_000], "--buffer-size 10000000000 needs"),
         (["--expiries", 30, 15], "--expiries is 30 15 (increasing days from 1 to --num-steps = 30"),
         (["--expiries", 15, 40], "--expiries is 15 40"),
         (["--expiries", 10, 20], "--expiries is 10 20"),
@@ -82,7 +86,7 @@ def test_flags(capsys, tmp_path, monkeypatch, flags, message):
         (["--expiries", 15.5], "--expiries"),
         (["--buffer-size", 100], "--buffer-size is 100 (at least 30720"),
         (["--batch-size", 1_200_000], "--batch-size is 1200000"),
-        (["--batch-size", 1_000_001], "--buffer-size is 1000000 (at least 1000001"),
+        (["--batch-size", 1_000_001], "--buffer-size is 1000000 (at least 1e+06"),
         (["--random-share", 1.5], "--random-share is 1.5 (at least 0, at most 1)"),
         (["--batch-size", 0], "--batch-size is 0"),
         (["--utd", 0], "--utd is 0"),
@@ -109,6 +113,15 @@ def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypat
     torch.save(content, tmp_path / "checkpoint.pt")
     flags = ("--evaluate", tmp_path, "--num-strikes", 3)
     assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
+    flags = ("--evaluate", tmp_path, "--num-strikes", 10, "--expiries", 30)  # as many options, but others
+    assert "--num-strikes is 10, but the agent" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
+    flags = ("--evaluate", tmp_path, "--exp-name", "../../elsewhere")
+    assert "(a file name)" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
+    content["args"]["expiries"] = ("a", 30)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    assert "its expiries is a tuple" in fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path, phase=phase2)
+    torch.save({**content, "iteration": "x"}, tmp_path / "checkpoint.pt")
+    assert "its iteration is no count" in fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path, phase=phase2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

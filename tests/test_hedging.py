@@ -207,7 +207,7 @@ def test_bad_arguments(bad):
 @pytest.mark.parametrize(
     ("options", "message"),
     [([(-100.0, 30)], "strike is -100"), ([(100.0, 0)], "expiry is 0"), ([(100.0, 31)], "expiry is 31"),
-     ([(100.0, 20)], "last option is not num_steps"), ([], "last option")],
+     ([(100.0, 2.5)], "expiry is 2.5"), ([(100.0, 20)], "last option is not num_steps"), ([], "last option")],
 )  # fmt: skip
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -83,7 +83,10 @@ def test_band_is_a_band_and_wider_when_trading_costs_more():
     assert widths[0] < widths[1] < widths[2]
 
 
-@pytest.mark.parametrize("refused", [HedgingEnv(1, MODELS["heston"]), book_env(1), one_call(1, MODELS["garch"])])
+@pytest.mark.parametrize(
+    "refused",
+    [HedgingEnv(1, MODELS["heston"]), book_env(1), one_call(1, MODELS["garch"]), one_call(1, arrival_rate=9.0)],
+)
 def test_others_are_refused(refused):
     assert not optimum.has_optimum(refused)
     with pytest.raises(ValueError, match="no exact optimum for"):
@@ -146,6 +149,14 @@ def test_nothing_beats_the_optimum_with_client_orders():
         rivals_play = benchmark.play(env, rival)
         worse = benchmark.estimate(played["objective_centred"] - rivals_play["objective_centred"])
         assert worse.mean > 2 * worse.se
+
+
+def test_prediction_of_short_horizons_and_large_orders():
+    env = one_call(100_000, options=[(100.0, 10)], num_steps=10, arrival_rate=0.5, mean_order_size=3.0)
+    env.reset(seed=2)
+    exact = optimum.optimal_hedge(env)
+    simulated = benchmark.estimate(benchmark.play(env, exact)["objective_centred"])
+    assert abs(simulated.mean - exact.value) < 2 * simulated.se + 0.004
 
 
 def test_a_put_is_hedged_like_its_call_but_for_the_shares():
