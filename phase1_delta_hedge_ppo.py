@@ -359,9 +359,10 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
             content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
-    if checkpoint is None:
-        save(0)
     validation = benchmark.Validation(make_env(args, model, 4096, device))
+    if checkpoint is None:  # the untrained policy, for the learning curve
+        metrics.write({"global_step": 0, **validation(agent.policy)})
+        save(0)
     act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 

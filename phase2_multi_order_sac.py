@@ -102,7 +102,7 @@ class Args:
     """weight of ½ΔW² in the reward, 1/currency"""
 
     # The algorithm
-    total_timesteps: int = 8_000_000
+    total_timesteps: int = 16_000_000
     """environment steps of the whole run, over all environments"""
     num_envs: int = 1024
     """environments side by side"""
@@ -488,9 +488,10 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
             content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
-    if checkpoint is None:
-        save(0)
     validation = benchmark.Validation(make_env(args, model, 4096, device))
+    if checkpoint is None:  # the untrained policy, for the learning curve
+        metrics.write({"global_step": 0, **validation(agent.policy)})
+        save(0)
     loss_function = torch.compile(sac_loss) if args.compile else sac_loss
 
     def iterate() -> Tensor:
