@@ -7,7 +7,7 @@ zero interest rate and dividends.
 
 import gymnasium as gym
 
-from envs import baselines, benchmark, black_scholes, dynamics, figures, optimum, runs
+from envs import baselines, benchmark, black_scholes, dynamics, figures, hedging, optimum, runs
 from envs.hedging import HedgingEnv, HedgingGymEnv
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "black_scholes",
     "dynamics",
     "figures",
+    "hedging",
     "optimum",
     "runs",
 ]
