@@ -168,13 +168,13 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
         axis.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta")
         axis.set_title(f"{left} day{'s' if left > 1 else ''} to {'the end' if env.num_options > 1 else 'expiry'}")
         axis.set_xlabel("spot (currency)")
-    limit = 1.3 * np.quantile(np.abs(drawn), 0.95)  # just before expiry a band may be as wide as all there is
+    limit = 1.6 * np.quantile(np.abs(drawn), 0.95)  # just before expiry a band may be as wide as all there is
     axes.flat[0].set_ylim(-limit, limit)
     for axis in axes.flat[len(days) :]:
         axis.set_visible(False)
     for row in axes:
         row[0].set_ylabel("shares held less Black–Scholes hedge")
-    axes.flat[0].legend(frameon=False, loc="upper left", fontsize=9)
+    axes.flat[0].legend(frameon=True, edgecolor="none", framealpha=0.7, loc="upper left", fontsize=8)
     book = ", ".join(f"{n:g}" for n in sorted(set(sold.tolist()))) if env.order_law.rate > 0 else ""
     figure.suptitle(f"{title}: the learnt no-trade band" + (f" of a book short {book} of every option" if book else ""))
     figure.tight_layout()
@@ -242,7 +242,7 @@ def book_episode(path: Path, title: str, contest: Contest) -> None:
     for axis in axes.flat:
         for expiry in sorted({option.expiry for option in env.options}):
             axis.axvline(expiry, color="black", linestyle=":", linewidth=0.8)
-        axis.legend(frameon=True, edgecolor="none", framealpha=0.8, loc="best", fontsize=8)
+        axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=8)
     figure.suptitle(f"{title}: one episode (dotted: expiry)")
     figure.tight_layout()
     _save(figure, path)
@@ -277,7 +277,7 @@ def cost_trend(path: Path, rows: Mapping[float, Mapping[str, Mapping[str, float]
 
 @torch.no_grad()
 def _traded_to(env: HedgingEnv, policy: Policy, net_delta: float) -> np.ndarray:
-    """Net delta that the policy trades to at the environment's time from `net_delta`.
+    """Net delta that the policy trades to at the environment's time from `net_delta`; NaN where it does not trade.
 
     A policy that sees the net delta may say anything of a band's far edge, or of both from within: only what it does
     tells what it has learnt.
@@ -285,7 +285,8 @@ def _traded_to(env: HedgingEnv, policy: Policy, net_delta: float) -> np.ndarray:
     env.holding = net_delta - env.delta[env.t]
     observation = env.observe()
     after, _ = env.after_trade(observation, policy(observation))
-    return (env.book_scale * after[:, NET_DELTA]).cpu().numpy()
+    after = env.book_scale * after[:, NET_DELTA]
+    return torch.where((after - net_delta).abs() > 1e-4 * abs(net_delta), after, torch.nan).cpu().numpy()
 
 
 @torch.no_grad()
