@@ -101,12 +101,15 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
         "Zakamouline, tuned": (lambda a: baselines.zakamouline(env, a), risk_aversion),
         "constant band, tuned": (lambda width: baselines.constant_band(env, width), 0.05 * env.book_scale**0.5),
     }
-    if env.order_law.rate > 0:
-        families["Kallsen–Muhle-Karbe, tuned"] = (lambda a: baselines.kallsen_muhle_karbe(env, a), risk_aversion)
+    asymptotic, authors = baselines.whalley_wilmott, "Whalley–Wilmott"
+    if env.order_law.rate > 0:  # orders move the delta too
+        asymptotic, authors = baselines.kallsen_muhle_karbe, "Kallsen–Muhle-Karbe"
+        families[f"{authors}, tuned"] = (lambda a: asymptotic(env, a), risk_aversion)
     if (env.dynamics.return_volatility_covariance(torch.ones(1)) != 0).item():  # elsewhere the centre is Black–Scholes
         policies["minimum-variance delta"] = centre
-        width = families["constant band, tuned"][1]
-        families["min-variance band, tuned"] = (lambda width: baselines.constant_band(env, width, centre), width)
+        start = families["constant band, tuned"][1]
+        families["min-variance band, tuned"] = (lambda width: baselines.constant_band(env, width, centre), start)
+        families[f"min-variance {authors}, tuned"] = (lambda a: asymptotic(env, a, centre), risk_aversion)
     parameters = {name: tune(env, family, start) for name, (family, start) in families.items()}
     policies |= {name: family(parameters[name]) for name, (family, _) in families.items()}
     return policies, parameters
