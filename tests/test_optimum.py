@@ -152,7 +152,7 @@ def test_nothing_beats_the_optimum_with_client_orders():
 
 
 def test_prediction_of_short_horizons_and_large_orders():
-    env = one_call(100_000, options=[(100.0, 10)], num_steps=10, arrival_rate=0.5, mean_order_size=3.0)
+    env = one_call(100_000, options=[(100.0, 10)], num_steps=10, arrival_rate=0.5, mean_order_size=2.5)
     env.reset(seed=2)
     exact = optimum.optimal_hedge(env)
     simulated = benchmark.estimate(benchmark.play(env, exact)["objective_centred"])
