@@ -204,7 +204,7 @@ def book_episode(path: Path, title: str, contest: Contest) -> None:
         cost[name] = np.cumsum(costs)
     figure, axes = _new(2, 2, (13, 8), sharex=True)
     (market, hedge), (book, costs) = axes
-    market.plot(np.arange(env.num_steps + 1), env.spot[:, 0].cpu(), color="black", label="spot")
+    market.plot(np.arange(env.num_steps + 1), env.spot[:, 0].cpu().numpy(), color="black", label="spot")
     for side, label, marker in ((0, "clients buy", "^"), (1, "clients sell", "v")):
         size = env.order_size[:, 0, :, side].cpu().numpy()
         day, option = size.nonzero()
@@ -223,8 +223,8 @@ def book_episode(path: Path, title: str, contest: Contest) -> None:
     hedge.plot(days, after, "o", color=AGENT, markersize=4, label="after it")
     hedge.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label=NAMED)
     hedge.set(title="what the agent does about it", ylabel="net delta (shares)")
-    gamma = (env.gamma[:-1, 0] * env.initial_spot / 100).cpu()  # delta gained by one per cent of the spot
-    book.plot(days, env.delta[:-1, 0].cpu(), color=AGENT, label="delta of the options (shares)")
+    gamma = (env.gamma[:-1, 0] * env.initial_spot / 100).cpu().numpy()  # delta gained by one per cent of the spot
+    book.plot(days, env.delta[:-1, 0].cpu().numpy(), color=AGENT, label="delta of the options (shares)")
     book.plot(days, gamma, color=OTHER, label="change of that delta as the spot rises 1 % (shares)")
     book.bar(
         days,
