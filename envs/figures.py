@@ -228,7 +228,7 @@ def book_episode(path: Path, title: str, contest: Contest) -> None:
     book.plot(days, gamma, color=OTHER, label="change of that delta as the spot rises 1 % (shares)")
     book.bar(
         days,
-        env.position[:-1, 0].sum(-1).cpu(),
+        env.position[:-1, 0].sum(-1).cpu().numpy(),
         color=OTHER,
         alpha=0.25,
         label="options held, puts and calls, less those sold",
