@@ -157,6 +157,10 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, 0.5, "cost_rate")
     runs.check_range(args, 0, 1e6, "risk_aversion")
     runs.check_range(args, 1, 2520, "num_steps")
+    total = args.volatility * math.sqrt(args.num_steps / 252)  # a spot of e^−20 of itself is none
+    runs.check(
+        total <= 3, f"--volatility is {args.volatility} (at most {3 / total * args.volatility:.2g} over --num-steps)"
+    )
     runs.check_range(args, 1, 101, "num_strikes")
     runs.check_range(args, 0.01, 50, "strike_spacing")
     runs.check_range(args, 0, 10, "arrival_rate", open_low=True)
@@ -600,7 +604,8 @@ def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
         tracker.summary[f"benchmark/advantage over {name}"] = advantage.mean
     if (run_dir / "checkpoint.pt").is_file():
         artifact = wandb.Artifact(f"{PHASE}-{tracker.id}", type="model")
-        artifact.add_file(str(run_dir / "checkpoint.pt"))
+        with artifact.new_file("checkpoint.pt", mode="wb") as file:  # without the buffer: what --evaluate needs
+            torch.save({**runs.load_checkpoint(run_dir, PHASE), "buffer": None}, file)
         tracker.log_artifact(artifact)
     here = Path(__file__).parent
     code = {here / Path(__file__).name, *(here / "envs").glob("*.py")}

@@ -32,6 +32,7 @@ def fails(capsys, tmp_path, monkeypatch, *flags, phase=phase1) -> str:
         (["--dynamics", "historical"], "historical with --evaluate"),
         (["--volatility", -0.2], "--volatility is -0.2 (at least 0.001"),
         (["--volatility", "nan"], "--volatility is nan"),
+        (["--volatility", 10, "--num-steps", 500], "--volatility is 10.0 (at most 2.1 over --num-steps)"),
         (["--cost-rate", -1e-3], "--cost-rate is -0.001 (at least 0"),
         (["--risk-aversion", -1], "--risk-aversion is -1.0"),
         (["--num-envs", 0], "--num-envs is 0 (at least 1"),
