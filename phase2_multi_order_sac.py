@@ -157,9 +157,9 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, 0.5, "cost_rate")
     runs.check_range(args, 0, 1e6, "risk_aversion")
     runs.check_range(args, 1, 2520, "num_steps")
-    total = args.volatility * math.sqrt(args.num_steps / 252)  # a spot of e^−20 of itself is none
+    highest = 3 / math.sqrt(args.num_steps / 252)  # beyond, the spot is as good as zero at the end
     runs.check(
-        total <= 3, f"--volatility is {args.volatility} (at most {3 / total * args.volatility:.2g} over --num-steps)"
+        args.volatility <= highest, f"--volatility is {args.volatility} (at most {highest:.2g} over --num-steps)"
     )
     runs.check_range(args, 1, 101, "num_strikes")
     runs.check_range(args, 0.01, 50, "strike_spacing")
