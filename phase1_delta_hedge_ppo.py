@@ -132,10 +132,8 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, 0.5, "cost_rate")
     runs.check_range(args, 0, 1e6, "risk_aversion")
     runs.check_range(args, 1, 2520, "num_steps")
-    highest = 3 / math.sqrt(args.num_steps / 252)  # beyond, the spot is as good as zero at the end
-    runs.check(
-        args.volatility <= highest, f"--volatility is {args.volatility} (at most {highest:.2g} over --num-steps)"
-    )
+    most = 3 / math.sqrt(args.num_steps / 252)  # beyond, the spot is as good as zero at the end
+    runs.check(args.volatility <= most, f"--volatility is {args.volatility} (at most {most:.2g} over --num-steps)")
     runs.check_range(args, 2, 2**26, "eval_episodes")
     runs.check_range(args, 1, 1024, "torch_threads")
     named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
