@@ -102,7 +102,7 @@ class Args:
     """weight of ½ΔW² in the reward, 1/currency"""
 
     # The algorithm
-    total_timesteps: int = 16_000_000
+    total_timesteps: int = 8_000_000
     """environment steps of the whole run, over all environments"""
     num_envs: int = 1024
     """environments side by side"""
@@ -139,7 +139,7 @@ class Args:
     target_entropy: float = -2.0
     """entropy that --autotune holds the policy at, of the two squashed actions together"""
     reward_scale: float = 10.0
-    """training rewards have the unit in which Black–Scholes hedging loses this much in an episode, on average"""
+    """training rewards have the unit in which Black–Scholes hedging costs this much in an episode, on average"""
 
     # The benchmark
     num_evaluations: int = 20
@@ -275,8 +275,8 @@ class Agent(nn.Module):
     def fit(self, env: HedgingEnv) -> None:
         """Finds the units of rewards and bands and the scales of the observation on a market apart."""
         env.reset(seed=benchmark.SCALE_SEED)
-        loss = -benchmark.play(env, baselines.black_scholes_delta(env))["objective_centred"].mean()
-        self.reward_unit.fill_(loss if loss > 1e-4 else 1.0)
+        cost = benchmark.play(env, baselines.black_scholes_delta(env))["cost"].mean()
+        self.reward_unit.fill_(cost if cost > 1e-4 else 1.0)
         self.half_width.fill_(benchmark.tune(env, lambda width: baselines.constant_band(env, width), 0.1, ratio=1.3))
         # Where volatility moves with the spot, the best centre is about the minimum-variance delta, at any cost.
         minimum_variance, offsets = baselines.minimum_variance_delta(env), []
@@ -366,7 +366,8 @@ def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, gen
     """Plays one whole episode in every environment into the buffer: by the policy in some of them, and at random in
     `args.random_share` of them, or with `explore` in all. Else the critics would see no net delta far from the policy's
     own bands, and forget what is wrong with it."""
-    scale = args.reward_scale / agent.reward_unit
+    scale, dt = args.reward_scale / agent.reward_unit, env.dynamics.dt
+    minimum_variance = baselines.minimum_variance_delta(env)
     num_random = env.num_envs if explore else round(args.random_share * env.num_envs)
     observation, _ = env.reset()
     for _ in range(env.num_steps):
@@ -375,13 +376,16 @@ def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, gen
         action[:num_random] = torch.erf(noise[:num_random] / math.sqrt(2))  # uniform in (−1, 1)
         band = agent.to_band(action)
         after, trade_cost = env.after_trade(observation, band)
-        next_observation, reward, terminated, _, info = env.step(band)
-        # Without the cost of this trade, which the critics need not learn. And, because the optimum stays the same and
-        # most of the noise goes, without what the policy cannot change: the spread earned, ΔW (in mean), and what
-        # befalls Black–Scholes delta hedging on the same path, its ½ΔW² and the cost of its next trade. Nothing may be
-        # taken out that was known before the trade (its last trade, say): the net delta would stand in for it.
-        hedged = info["hedged_cost"] + 0.5 * env.risk_aversion * info["hedged_change"] ** 2
-        reward = scale * (reward + trade_cost - info["income"] - info["wealth_change"] + hedged)
+        net_delta = env.book_scale * after[:, hedging.NET_DELTA]
+        centre, spot_variance = minimum_variance(observation)[:, 0], env.spot[env.t] ** 2 * env.variance[env.t] * dt
+        risk = 0.5 * env.risk_aversion * spot_variance * net_delta * (net_delta - 2 * centre)
+        next_observation, _, terminated, _, info = env.step(band)
+        # Not the raw reward, but one with the same optimum and a small part of its noise: the gain over Black–Scholes
+        # delta hedging on the same path. ΔW has mean zero, and so has all that the policy cannot change. Of ½ΔW², less
+        # the hedger's own, stands the expectation, to first order: least at the minimum-variance delta. The cost of
+        # this trade is known to the critics; the hedger's is that of its *next* trade. (Its last one was known before
+        # ours, and the net delta would stand in for it.)
+        reward = scale * (info["hedged_cost"] - (info["cost"] - trade_cost) - risk)
         buffer.add(observation, after[:, hedging.NET_DELTA], reward, next_observation, terminated.float())
         observation = next_observation
 
