@@ -136,8 +136,7 @@ def validate(args: Args) -> None:
     runs.check(args.volatility <= most, f"--volatility is {args.volatility} (at most {most:.2g} over --num-steps)")
     runs.check_range(args, 2, 2**26, "eval_episodes")
     runs.check_range(args, 1, 1024, "torch_threads")
-    named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
-    runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
+    runs.check_name(args.exp_name)
     if args.evaluate is not None:
         return  # the rest is about training
     fitted = args.dynamics == "garch"
@@ -221,7 +220,7 @@ class Agent(nn.Module):
         return torch.stack((0.1 * raw_action[:, 0], 0.05 * raw_action[:, 1].clamp(-5, 3).exp()), -1)
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised observation (n, 7), normals (n, 2) → raw action (n, 2), its log-probability and the value (n,)."""
+        """Normalised observation (n, size), normals (n, 2) → raw action (n, 2), log-probability and value (n,)."""
         action = self.actor_mean(observation) + self.actor_logstd.exp() * noise
         logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
         return action, logprob, self.critic(observation)[:, 0]
@@ -234,7 +233,7 @@ class Agent(nn.Module):
         return logprob, entropy, self.critic(observation)[:, 0]
 
     def policy(self, observation: Tensor) -> Tensor:
-        """The deterministic policy that is benchmarked: environment observation (n, 7) → environment action (n, 2)."""
+        """The deterministic policy that is benchmarked: observation (n, size) → environment action (n, 2)."""
         return self.to_band(self.actor_mean(self.normalise(observation)))
 
 

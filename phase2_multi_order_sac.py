@@ -177,8 +177,7 @@ def validate(args: Args) -> None:
     runs.check_range(args, 2, 2**26, "eval_episodes")
     runs.check_range(args, 1, 1024, "torch_threads")
     runs.check_range(args, 1, 4096, "hidden_size")
-    named = args.exp_name.replace("-", "").replace("_", "").replace(".", "")
-    runs.check(named.isalnum() and len(args.exp_name) < 100, f"--exp-name is {args.exp_name!r} (a file name)")
+    runs.check_name(args.exp_name)
     if args.evaluate is not None:
         return  # the rest is about training
     fitted = args.dynamics == "garch"
@@ -339,6 +338,11 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # tensors, so that a CUDA graph sees them
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """What a transition is made of, in the order of `add` and `sample`."""
+        return self.observations, self.net_deltas, self.rewards, self.next_observations, self.dones
+
     @staticmethod
     def bytes_needed(capacity: int, observation_size: int) -> int:
         return 4 * capacity * (2 * observation_size + 3)
@@ -347,8 +351,7 @@ class ReplayBuffer(nn.Module):
         """Writes (n, …) observations, net deltas, rewards, next observations and dones over the oldest."""
         capacity, n = len(self.rewards), len(columns[0])
         rows = (self.position + torch.arange(n, device=self.rewards.device)) % capacity
-        stored = (self.observations, self.net_deltas, self.rewards, self.next_observations, self.dones)
-        for kept, column in zip(stored, columns, strict=True):
+        for kept, column in zip(self.columns, columns, strict=True):
             kept.index_copy_(0, rows, column)
         self.position.copy_((self.position + n) % capacity)
         self.filled.copy_((self.filled + n).clamp(max=capacity))
@@ -357,8 +360,7 @@ class ReplayBuffer(nn.Module):
         """`size` transitions, uniformly, with replacement."""
         u = torch.rand(size, generator=generator, device=self.rewards.device, dtype=torch.float64)
         rows = (u * self.filled).long()
-        stored = (self.observations, self.net_deltas, self.rewards, self.next_observations, self.dones)
-        return tuple(kept[rows] for kept in stored)
+        return tuple(kept[rows] for kept in self.columns)
 
 
 @torch.no_grad()
@@ -662,7 +664,6 @@ def main(argv) -> bool:
     print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
     if args.evaluate is None:
         print(f"replay buffer: {args.buffer_size:,} transitions, {memory / 2**20:,.0f} MiB on {device}")
-    if args.evaluate is None:
         agent, steps = train(args, model, run_dir, device, checkpoint, tracker)
     result = run_benchmark(args, model, agent, steps, run_dir, device)
     print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")

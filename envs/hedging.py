@@ -137,7 +137,7 @@ class HedgingEnv(VectorEnv):
         num_steps: trades in an episode (default 30 trading days).
         options: what the book may hold; the last ones expire at `num_steps`, where the episode ends. By default one
             call struck at the spot. See `option_grid`.
-        initial_position: of every option, + long; sold at its mark. By default short one.
+        initial_position: of every option, + long; taken at its mark. By default short one.
         arrival_rate: mean number of client orders a step, on each option and side, while the option lives.
         mean_order_size: of their geometric size, options.
         client_spread: what a client pays per option over (or gets below) its mark, currency.

@@ -45,6 +45,12 @@ def check_range(args, low: float, high: float, *fields: str, open_low: bool = Fa
         check(inside, f"--{field.replace('_', '-')} is {value} ({allowed})")
 
 
+def check_name(exp_name: str) -> None:
+    """Raises `UsageError` unless `--exp-name` can be part of a folder's name."""
+    letters = exp_name.replace("-", "").replace("_", "").replace(".", "")
+    check(letters.isalnum() and len(exp_name) < 100, f"--exp-name is {exp_name!r} (a file name)")
+
+
 def parse_args(args_class: type, argv: Sequence[str], default=None):
     """Parses `argv` into the dataclass `args_class` with tyro, starting from `default` if given.
 
