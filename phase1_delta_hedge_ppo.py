@@ -360,7 +360,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
             content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
-    validation = benchmark.Validation(make_env(args, model, 4096, device))
+    validation = benchmark.hedging_validation(make_env(args, model, 4096, device))
     if checkpoint is None:  # the untrained policy, for the learning curve
         metrics.write({"global_step": 0, **validation(agent.policy)})
         save(0)
@@ -396,7 +396,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
         if tracker:
             tracker.log(row, step=row["global_step"])
         save(iteration)
-        gain, share = row["charts/gain_over_black_scholes"], row["charts/share_of_gap_closed"]
+        gain, share = row["charts/gain_over_black_scholes"], row.get("charts/share_of_gap_closed", math.nan)
         possible = "" if math.isnan(share) else f" ({100 * share:.1f} % of what is possible)"
         progress.set_description(f"gain over Black–Scholes {gain:+.4f}{possible}")
         clock, clock_steps = time.perf_counter(), 0

@@ -7,12 +7,16 @@ zero interest rate and dividends.
 
 import gymnasium as gym
 
-from envs import baselines, benchmark, black_scholes, dynamics, figures, hedging, optimum, runs
+from envs import baselines, benchmark, black_scholes, dynamics, figures, hedging, optimum, quoting, runs
 from envs.hedging import HedgingEnv, HedgingGymEnv
+from envs.quoting import AgainstRivals, QuotingEnv, QuotingGymEnv
 
 __all__ = [
+    "AgainstRivals",
     "HedgingEnv",
     "HedgingGymEnv",
+    "QuotingEnv",
+    "QuotingGymEnv",
     "baselines",
     "benchmark",
     "black_scholes",
@@ -20,7 +24,9 @@ __all__ = [
     "figures",
     "hedging",
     "optimum",
+    "quoting",
     "runs",
 ]
 
 gym.register("OptionHedging-v0", entry_point="envs:HedgingGymEnv", vector_entry_point="envs:HedgingEnv")
+gym.register("OptionQuoting-v0", entry_point="envs:QuotingGymEnv")

@@ -1,17 +1,22 @@
-"""Classical hedging strategies as policies: callables observation (n, …) → action (n, 2) of a `HedgingEnv`.
+"""Classical strategies as policies: callables observation (n, …) → action, (n, 2) of a `HedgingEnv` (hedging) or (n, 4)
+of a maker in a `QuotingEnv` (quoting).
 
-Each constructor takes the environment whose market it is built for and, where the strategy has one, its parameter. A
+Each constructor takes the environment whose market it is built for and, where the strategy has any, its parameters. A
 band is centred on the hedge of the book's Black–Scholes delta unless another `centre` (itself a policy) is given. What
-was published for one sold option is applied to a book by its gamma, and by its sign where buyer and seller differ.
+was published for one sold option is applied to a book by its gamma, and by its sign where buyer and seller differ; what
+was published for one asset is applied to a book of options by its vega.
 """
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy.linalg import expm
 
 from envs import black_scholes
 from envs.hedging import HedgingEnv, HedgingState
+from envs.quoting import VOL_POINT, QuotingEnv, QuotingState, hedged_volatility_variance, variance_slope
 
 Tensor = torch.Tensor
 Policy = Callable[[Tensor], Tensor]
@@ -150,5 +155,135 @@ def zakamouline(env: HedgingEnv, risk_aversion: float | None = None) -> Policy:
             state.spot, state.gamma, state.volatility[:, last], tau[:, last], *arguments
         )
         return torch.stack((offset, half_width), -1)
+
+    return policy
+
+
+def avellaneda_stoikov_quotes(inventory, risk_aversion, variance_rate, time_left, k):
+    """Half-spread and skew of Avellaneda & Stoikov (2008), (29) and (30); the units of price are the caller's.
+
+    Reservation price s + skew, skew = −qγσ²(T − t); half-spread ½γσ²(T − t) + ln(1 + γ/k)/γ.
+
+    Args:
+        inventory: q, units held.
+        risk_aversion: γ > 0, per unit of price (a tensor or a number, like the others).
+        variance_rate: σ² of one unit's price, per unit of time.
+        time_left: T − t.
+        k: decay of the fill intensity A e^{−kδ} with the distance δ from the mid.
+    """
+    risk_aversion = torch.as_tensor(risk_aversion)
+    risk = risk_aversion * variance_rate * time_left
+    return 0.5 * risk + torch.log1p(risk_aversion / k) / risk_aversion, -inventory * risk
+
+
+def glft_quotes(inventory, risk_aversion, variance_rate, k, intensity):
+    """Half-spread and skew of Guéant, Lehalle & Fernandez-Tapia (2013), far from the end, (4.6) and (4.7).
+
+    With c = ln(1 + γ/k)/γ and w = √(σ²γ/(2kA) (1 + γ/k)^{1 + k/γ}): half-spread c + w/2, skew −q w. Arguments as in
+    `avellaneda_stoikov_quotes`; `intensity` is A.
+    """
+    risk_aversion = torch.as_tensor(risk_aversion)
+    log_factor = torch.log1p(risk_aversion / k)
+    power = torch.exp((1.0 + k / risk_aversion) * log_factor)
+    width = (variance_rate * risk_aversion / (2.0 * k * intensity) * power).sqrt()
+    return log_factor / risk_aversion + 0.5 * width, -inventory * width
+
+
+def glft_exact_quotes(
+    risk_aversion: float, variance_rate: float, time_left: float, k: float, intensity: float, limit: int
+):
+    """Exact bid and ask distances of Guéant, Lehalle & Fernandez-Tapia (2013), theorem 1, by the matrix exponential.
+
+    v(t) = e^{−M(T−t)} 1 with M = diag(½kγσ²q²) − η on the first off-diagonals, η = A(1 + γ/k)^{−(1 + k/γ)}.
+
+    Returns:
+        Bid and ask distance from the mid (2·limit + 1,) at inventories −limit … limit; ∞ where the limit forbids it.
+    """
+    inventory = np.arange(-limit, limit + 1)
+    eta = intensity * (1 + risk_aversion / k) ** -(1 + k / risk_aversion)
+    off = np.full(2 * limit, -eta)
+    matrix = np.diag(0.5 * k * risk_aversion * variance_rate * inventory**2) + np.diag(off, 1) + np.diag(off, -1)
+    log_v = np.log(expm(-matrix * time_left).sum(1))
+    constant = np.log1p(risk_aversion / k) / risk_aversion
+    bid = np.append((log_v[:-1] - log_v[1:]) / k + constant, np.inf)
+    ask = np.append(np.inf, (log_v[1:] - log_v[:-1]) / k + constant)
+    return bid, ask
+
+
+def _mean_vega(env: QuotingEnv, state: QuotingState) -> Tensor:
+    """Vega (n,) of the average option, currency per vol point."""
+    arguments = (state.spot[:, None], env.strike, state.time_to_expiry[:, None], state.volatility[:, None])
+    return VOL_POINT * black_scholes.vega(*arguments).mean(-1)
+
+
+def _residual_variance(env: QuotingEnv, state: QuotingState) -> Tensor:
+    """Variance rate (n,) of a delta-hedged option per unit of vega, vol points² a year (Stoikov & Sağlam 2009).
+
+    (vega α)²(1 − ρ²) + ½Γ²σ⁴S⁴Δt over vega². With one expiry Γ = vega/(S²στ), so it is the same for every option, and
+    for the book.
+    """
+    of_volatility = hedged_volatility_variance(env.dynamics, state.variance, env.expiry - state.step)
+    tau = state.time_to_expiry.clamp(min=0.5 * env.dynamics.dt)
+    return of_volatility + 0.5 * (state.volatility / (tau * VOL_POINT)) ** 2 * env.dynamics.dt
+
+
+def _quotes(half_spread: Tensor, skew: Tensor, target: Tensor | float = 0.0, band: float = 0.0) -> Tensor:
+    """Action (n, 4) of a maker."""
+    return torch.stack(torch.broadcast_tensors(half_spread, skew, *(x + 0.0 * skew for x in (target, band))), -1)
+
+
+def constant_spread(env: QuotingEnv, half_spread: float) -> Policy:
+    """The same half-spread, in vol points, whatever is held; Black–Scholes delta hedged every step."""
+    return lambda observation: _quotes(torch.full_like(observation[:, 0], half_spread), 0.0 * observation[:, 0])
+
+
+def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
+    """Avellaneda & Stoikov's quotes on the option book; Black–Scholes delta hedged every step.
+
+    One unit of inventory is one option of average vega; its risk is what the hedge leaves (Stoikov & Sağlam 2009), its
+    price is counted in vol points, and time runs to the end of the episode.
+
+    Args:
+        risk_aversion: γ, 1/currency.
+        k: decay of the fill intensity with the edge, per vol point.
+    """
+
+    def policy(observation: Tensor) -> Tensor:
+        state = env.decode(observation)
+        vega, time_left = _mean_vega(env, state), observation[:, 0] * env.num_steps * env.dynamics.dt
+        arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), time_left, k)
+        return _quotes(*avellaneda_stoikov_quotes(*arguments))
+
+    return policy
+
+
+def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
+    """Guéant, Lehalle & Fernandez-Tapia's quotes far from the end, on the option book; delta hedged every step.
+
+    Arguments and units as in `avellaneda_stoikov`; their A is the arrival rate of takers on one side, all options.
+    """
+    intensity = env.arrival_rate * env.num_options / env.dynamics.dt
+
+    def policy(observation: Tensor) -> Tensor:
+        state = env.decode(observation)
+        vega = _mean_vega(env, state)
+        arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), k, intensity)
+        return _quotes(*glft_quotes(*arguments))
+
+    return policy
+
+
+def minimum_variance_band(env: QuotingEnv, quotes: Policy, band: float) -> Policy:
+    """The quotes of another policy, hedged to the minimum-variance delta with a no-trade band of `band` shares.
+
+    The net delta that minimises the variance of the next step is −∂W/∂v · c/S, c = d<ln S, v>/d<ln S> (Hull & White
+    2017), W the book's value.
+    """
+
+    def policy(observation: Tensor) -> Tensor:
+        state, action = env.decode(observation), quotes(observation)
+        slope = variance_slope(env.dynamics, env.expiry - state.step) / (2.0 * state.volatility * VOL_POINT)
+        target = -state.vega * slope * env.dynamics.return_volatility_covariance(state.variance) / state.spot
+        return _quotes(action[:, 0], action[:, 1], target, band)
 
     return policy

@@ -15,6 +15,7 @@ from envs import baselines, optimum
 from envs.baselines import Policy
 from envs.dynamics import GBM, Dynamics, Historical
 from envs.hedging import HedgingEnv
+from envs.quoting import AgainstRivals
 from envs.runs import write_json
 
 Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
@@ -25,29 +26,41 @@ NAMED = "Black–Scholes delta"  # the baseline that the user named
 BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED, SCALE_SEED = 1_000_000, 2_000_000, 3_000_000, 5_000_000
 
 
+# What of a step's `info` is kept of an episode: its sum, or the mean of its absolute value over the steps
+SUMMED = ("cost", "turnover", "income", "fills", "trades")
+AVERAGED = ("net_delta", "gross_delta", "net_vega", "half_spread")
+
+
 @torch.no_grad()
-def play(env: HedgingEnv, policy: Policy) -> Episodes:
+def play(env: HedgingEnv | AgainstRivals, policy: Policy) -> Episodes:
     """Plays the environment's current market from its start. Returns per-episode measures, each (num_envs,):
 
-    `objective` Σ r_t; `pnl` Σ income_t + ΔW_t − cost_t; `cost`; `turnover` (shares); `net_delta` (mean |net delta|,
-    shares); `objective_centred`, the objective less Σ income_t + ΔW_t, whose mean differs by a constant that no policy
-    can change (a martingale pays nothing), with far less noise: for tuning and validation, never for the benchmark.
+    `objective` Σ r_t; `pnl` Σ income_t + ΔW_t − cost_t; what `SUMMED` and `AVERAGED` name; and `objective_centred`, the
+    objective less what no policy can change in mean, with far less noise: for tuning and validation, never for the
+    benchmark. When hedging that is Σ income_t + ΔW_t (a martingale pays nothing), when quoting the environment's noise.
     """
     observation, _ = env.replay()
-    sums = dict.fromkeys(("objective", "pnl", "cost", "turnover", "net_delta", "objective_centred"), 0.0)
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, value: torch.Tensor) -> None:
+        sums[name] = sums[name] + value if name in sums else value
+
     for _ in range(env.num_steps):
         observation, reward, _, _, info = env.step(policy(observation))
-        sums["objective"] = sums["objective"] + reward
         earned = info["income"] + info["wealth_change"]
-        sums["objective_centred"] = sums["objective_centred"] + reward - earned
-        sums["pnl"] = sums["pnl"] + earned - info["cost"]
-        sums["cost"] = sums["cost"] + info["cost"]
-        sums["turnover"] = sums["turnover"] + info["traded"]
-        sums["net_delta"] = sums["net_delta"] + info["net_delta"].abs() / env.num_steps
+        add("objective", reward)
+        add("objective_centred", reward - info.get("noise", earned))
+        add("pnl", earned - info["cost"])
+        for name in SUMMED:
+            if name in info:
+                add(name, info[name])
+        for name in AVERAGED:
+            if name in info:
+                add(name, info[name].abs() / env.num_steps)
     return {name: value.double().cpu().numpy() for name, value in sums.items()}
 
 
-def evaluate(env: HedgingEnv, contestants: Mapping[str, Policy], episodes: int, seed: int) -> dict[str, Episodes]:
+def evaluate(env, contestants: Mapping[str, Policy], episodes: int, seed: int) -> dict[str, Episodes]:
     """Plays `episodes` fresh episodes with every contestant: batches of `env.num_envs`, reset with seed, seed + 1, …
 
     Returns:
@@ -65,26 +78,36 @@ def evaluate(env: HedgingEnv, contestants: Mapping[str, Policy], episodes: int, 
     }
 
 
-def tune(env: HedgingEnv, family: Callable[[float], Policy], start: float, ratio: float = 1.15) -> float:
-    """Parameter of a strategy that is best on the environment's current market.
+def tune(
+    env: HedgingEnv | AgainstRivals, family: Callable[..., Policy], start: Sequence[float], ratio: float = 1.15
+) -> tuple[float, ...]:
+    """Parameters of a strategy that are best on the environment's current market.
 
-    Climbs the grid start · ratio^k until both neighbours are worse, so the result is interior by construction (unless
-    80 evaluations do not suffice).
+    Climbs the grid start_i · ratio^k_i until every neighbour is worse, so the result is interior by construction
+    (unless 80 evaluations do not suffice).
     """
-    values: dict[int, float] = {}
+    values: dict[tuple[int, ...], float] = {}
 
-    def value(k: int) -> float:
-        if k not in values:
-            values[k] = play(env, family(start * ratio**k))["objective_centred"].mean()
-        return values[k]
+    def parameters(point: tuple[int, ...]) -> tuple[float, ...]:
+        return tuple(x * ratio**k for x, k in zip(start, point, strict=True))
 
-    best = 0
-    while len(values) < 80:
-        neighbour = max((best - 1, best + 1), key=value)
-        if value(neighbour) <= value(best):
-            break
-        best = neighbour
-    return start * ratio**best
+    def value(point: tuple[int, ...]) -> float:
+        if point not in values:
+            values[point] = play(env, family(*parameters(point)))["objective_centred"].mean()
+        return values[point]
+
+    def step(point: tuple[int, ...], i: int, by: int) -> tuple[int, ...]:
+        return (*point[:i], point[i] + by, *point[i + 1 :])
+
+    best, improved = (0,) * len(start), True
+    while improved and len(values) < 80:
+        improved = False
+        for i in range(len(start)):
+            neighbour = max((step(best, i, -1), step(best, i, 1)), key=value)
+            while value(neighbour) > value(best) and len(values) < 80:  # on in the direction that helped
+                by = neighbour[i] - best[i]
+                best, neighbour, improved = neighbour, step(neighbour, i, by), True
+    return parameters(best)
 
 
 def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, float]]:
@@ -110,7 +133,7 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
         start = families["constant band, tuned"][1]
         families["min-variance band, tuned"] = (lambda width: baselines.constant_band(env, width, centre), start)
         families[f"min-variance {authors}, tuned"] = (lambda a: asymptotic(env, a, centre), risk_aversion)
-    parameters = {name: tune(env, family, start) for name, (family, start) in families.items()}
+    parameters = {name: tune(env, family, [start])[0] for name, (family, start) in families.items()}
     policies |= {name: family(parameters[name]) for name, (family, _) in families.items()}
     return policies, parameters
 
@@ -118,17 +141,22 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
 class Validation:
     """Watches a policy while it learns, on a few thousand episodes apart from those of training and benchmark.
 
-    Calling it with a policy gives its gain over Black–Scholes delta hedging, the share of what is possible that this is
-    (NaN where no exact optimum is known) and its objective, all without the noise that no policy can change.
+    Calling it with a policy gives its objective, its gain over `baseline` and, if the `best` possible policy is known,
+    the share of what is possible that this is; all without the noise that no policy can change.
+
+    Args:
+        env: of as many episodes as are played.
+        baseline: policy to compare with; `name` goes into the names of the metrics.
+        best: the exact optimum, or None.
     """
 
-    def __init__(self, env: HedgingEnv):
-        self.env = env
+    def __init__(self, env: HedgingEnv | AgainstRivals, baseline: Policy, name: str, best: Policy | None = None):
+        self.env, self.name = env, name
         env.reset(seed=VALIDATION_SEED)
-        self.black_scholes = self._objective(baselines.black_scholes_delta(env))
+        self.baseline = self._objective(baseline)
         self.gap = np.nan
-        if optimum.has_optimum(env):
-            gap = estimate(self._objective(optimum.optimal_hedge(env)) - self.black_scholes)
+        if best is not None:
+            gap = estimate(self._objective(best) - self.baseline)
             self.gap = gap.mean if gap.low > 0 else np.nan  # a share of nothing is not a number
 
     def _objective(self, policy: Policy) -> np.ndarray:
@@ -136,12 +164,15 @@ class Validation:
 
     def __call__(self, policy: Policy) -> dict[str, float]:
         objective = self._objective(policy)
-        gain = float((objective - self.black_scholes).mean())
-        return {
-            "charts/objective": float(objective.mean()),
-            "charts/gain_over_black_scholes": gain,
-            "charts/share_of_gap_closed": gain / self.gap,
-        }
+        gain = float((objective - self.baseline).mean())
+        metrics = {"charts/objective": float(objective.mean()), f"charts/gain_over_{self.name}": gain}
+        return metrics if np.isnan(self.gap) else {**metrics, "charts/share_of_gap_closed": gain / self.gap}
+
+
+def hedging_validation(env: HedgingEnv) -> Validation:
+    """`Validation` beside Black–Scholes delta hedging and, where it is known, the exact optimum."""
+    best = optimum.optimal_hedge(env) if optimum.has_optimum(env) else None
+    return Validation(env, baselines.black_scholes_delta(env), "black_scholes", best)
 
 
 @dataclass
@@ -205,22 +236,21 @@ def summarise(episodes: Episodes, block: int = 1) -> dict[str, float]:
         "pnl_sd": float(pnl.std(ddof=1)),
         "cvar95": float(worst.mean()),  # mean P&L of the worst 5 % of episodes
         "cost_plus_sd": float(-pnl.mean() + 1.5 * pnl.std(ddof=1)),  # Cao, Chen, Hull & Poulos (2021), eq. 1
-        "cost": float(episodes["cost"].mean()),
-        "turnover": float(episodes["turnover"].mean()),  # shares an episode
-        "net_delta": float(episodes["net_delta"].mean()),  # shares
+        **{name: float(episodes[name].mean()) for name in (*SUMMED, *AVERAGED) if name in episodes},
     }
 
 
-COLUMNS = (
-    ("objective", "objective"),
-    ("pnl_mean", "P&L mean"),
-    ("pnl_sd", "P&L sd"),
-    ("cvar95", "CVaR95"),
-    ("cost_plus_sd", "−mean+1.5sd"),
-    ("cost", "cost"),
-    ("turnover", "turnover"),
-    ("net_delta", "|net delta|"),
-)
+# Key in a contestant's row → title in the table
+COLUMNS = {
+    "objective": "objective",
+    "pnl_mean": "P&L mean",
+    "pnl_sd": "P&L sd",
+    "cvar95": "CVaR95",
+    "cost_plus_sd": "−mean+1.5sd",
+    "cost": "cost",
+    "turnover": "turnover",
+    "net_delta": "|net delta|",
+}
 
 
 @dataclass
@@ -247,6 +277,7 @@ class Benchmark:
     advantages: dict[str, Estimate]
     shares: dict[str, Estimate] = field(default_factory=dict)
     criteria: list[Criterion] = field(default_factory=list)
+    columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
 
     @property
     def passed(self) -> bool:
@@ -263,11 +294,11 @@ class Benchmark:
 
     def table(self) -> str:
         """The benchmark as a Markdown table that also reads well in a terminal."""
-        header = ["contestant", "agent − it, paired [95 %]"] + [title for _, title in COLUMNS]
+        header = ["contestant", "agent − it, paired [95 %]"] + list(self.columns.values())
         body = []
         for name, row in self.rows.items():
             advantage = str(self.advantages[name]) if name in self.advantages else ""
-            body.append([name, advantage] + [f"{row[key]:.3f}" for key, _ in COLUMNS])
+            body.append([name, advantage] + [f"{row[key]:.3f}" for key in self.columns])
             body[-1][2] = f"{row['objective']:.4f} ± {row['objective_se']:.4f}"
         widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 

@@ -79,6 +79,10 @@ class Dynamics:
         """d<ln S, v>/d<ln S>: expected change of variance per unit of log-return, for the minimum-variance delta."""
         return torch.zeros_like(variance)
 
+    def next_variance_moments(self, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional mean and variance of the next step's variance, given this one's; both of its shape."""
+        return variance, torch.zeros_like(variance)
+
 
 @dataclass
 class GBM(Dynamics):
@@ -148,6 +152,12 @@ class GARCH(Dynamics):
         h = variance / TRADING_DAYS
         return -TRADING_DAYS * self.gamma * (2.0 * h / math.pi).sqrt()
 
+    def next_variance_moments(self, variance):
+        """Mean ω + p h, variance h²(3(α² + αγ + ½γ²) − (α + ½γ)²), annualised: E Z⁴ = 3, half of it from falls."""
+        mean_square = 3.0 * (self.alpha**2 + self.alpha * self.gamma + 0.5 * self.gamma**2)
+        spread = mean_square - (self.alpha + 0.5 * self.gamma) ** 2
+        return TRADING_DAYS * self.omega + self.persistence * variance, variance**2 * spread
+
 
 @dataclass
 class Heston(Dynamics):
@@ -167,27 +177,57 @@ class Heston(Dynamics):
 
     PSI_SWITCH = 1.5  # between the quadratic and the exponential branch; any value in [1, 2] is valid
 
-    def step(self, variance, noise):
-        kappa, theta, xi, rho, dt = (
+    def __post_init__(self):
+        positive = ("initial_variance", "mean_variance", "mean_reversion", "vol_of_vol", "dt")
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)} (more than 0)")
+        if not -1 <= self.correlation <= 1:
+            raise ValueError(f"correlation is {self.correlation} (at least -1, at most 1)")
+        # E[e^{A v'}] must exist in both branches at every v, Andersen (38): far beyond Feller's condition, and with a
+        # positive correlation, it does not.
+        _, _, a_coefficient = self._coefficients()
+        mean, var = self.next_variance_moments(torch.logspace(-8, 2, 400, dtype=torch.float64))
+        psi = var / mean**2
+        a, _ = self._quadratic(mean, psi)
+        scale = torch.where(psi <= self.PSI_SWITCH, 2 * a, 0.5 * mean * (psi + 1))  # 2a and 1/β
+        if a_coefficient * scale.max() > 0.99:
+            raise ValueError(
+                f"vol_of_vol is {self.vol_of_vol} with correlation {self.correlation}: too much for steps of "
+                f"{self.dt:.3g} years to keep the spot a martingale (less vol_of_vol, correlation or dt)"
+            )
+
+    def _coefficients(self) -> tuple[float, float, float]:
+        """K₂, K₃ = K₄ and A, the coefficient of v' in the conditional mean of S_{t+1}/S_t, Andersen (33)–(36)."""
+        rho, xi, dt = self.correlation, self.vol_of_vol, self.dt
+        k2 = 0.5 * dt * (self.mean_reversion * rho / xi - 0.5) + rho / xi
+        k3 = 0.5 * dt * (1 - rho**2)
+        return k2, k3, k2 + 0.5 * k3
+
+    def _quadratic(self, mean: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b² of v' = a(b + Z)² from mean and squared coefficient of variation of v', Andersen (27) and (28)."""
+        inverse_psi = 1.0 / psi.clamp(max=self.PSI_SWITCH)
+        b2 = 2 * inverse_psi - 1 + (2 * inverse_psi).sqrt() * (2 * inverse_psi - 1).sqrt()
+        return mean / (1 + b2), b2
+
+    def next_variance_moments(self, variance):
+        """Andersen (17) and (18), exact."""
+        kappa, theta, xi, decay = (
             self.mean_reversion,
             self.mean_variance,
             self.vol_of_vol,
-            self.correlation,
-            self.dt,
+            math.exp(-self.mean_reversion * self.dt),
         )
-        decay = math.exp(-kappa * dt)
-        mean = theta + (variance - theta) * decay  # Andersen (17)
-        var = variance * xi**2 * decay * (1 - decay) / kappa + theta * xi**2 * (1 - decay) ** 2 / (2 * kappa)  # (18)
+        mean = theta + (variance - theta) * decay
+        return mean, variance * xi**2 * decay * (1 - decay) / kappa + theta * xi**2 * (1 - decay) ** 2 / (2 * kappa)
+
+    def step(self, variance, noise):
+        mean, var = self.next_variance_moments(variance)
         psi = var / mean**2
-        # K₂, K₃ = K₄ and A, the coefficient of v' in the conditional mean of S_{t+1}/S_t, (33)–(36); K₁ drops out.
-        k2 = 0.5 * dt * (kappa * rho / xi - 0.5) + rho / xi
-        k3 = 0.5 * dt * (1 - rho**2)
-        a_coefficient = k2 + 0.5 * k3
+        k2, k3, a_coefficient = self._coefficients()  # K₁ drops out
         # Quadratic branch, v' = a(b + Z)², (23)–(28)
         quadratic = psi <= self.PSI_SWITCH
-        inverse_psi = 1.0 / psi.clamp(max=self.PSI_SWITCH)
-        b2 = 2 * inverse_psi - 1 + (2 * inverse_psi).sqrt() * (2 * inverse_psi - 1).sqrt()
-        a = mean / (1 + b2)
+        a, b2 = self._quadratic(mean, psi)
         v_quadratic = a * (b2.sqrt() + noise[:, 0]) ** 2
         log_m_quadratic = a_coefficient * b2 * a / (1 - 2 * a_coefficient * a) - 0.5 * torch.log1p(
             -2 * a_coefficient * a
@@ -311,6 +351,9 @@ class Historical(Dynamics):
     def return_volatility_covariance(self, variance):
         return self.garch.return_volatility_covariance(variance)
 
+    def next_variance_moments(self, variance):
+        return self.garch.next_variance_moments(variance)
+
 
 def load_closes(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Daily closes, oldest first: (dates as datetime64[D], closes), both (n,).
@@ -403,6 +446,7 @@ def make(
     history: str | None = None,
     history_end: str | None = None,
     num_steps: int = 1,
+    dt: float = 1 / TRADING_DAYS,
 ) -> Dynamics:
     """Builds a model by name.
 
@@ -412,6 +456,7 @@ def make(
         history: CSV of closes for garch and historical (see `load_closes`); None for the S&P 500.
         history_end: YYYY-MM-DD; garch is fitted on closes up to and including it, and historical replays those after.
         num_steps: length of an episode; historical needs twelve of them, or no interval means anything.
+        dt: years of a step; garch and historical have their own, a trading day.
 
     Raises:
         ValueError: unknown name or unusable data.
@@ -421,11 +466,11 @@ def make(
     except ValueError:
         raise ValueError(f"--history-end is {history_end!r} (a day, YYYY-MM-DD)") from None
     if name == "gbm":
-        return GBM(volatility)
+        return GBM(volatility, dt)
     if name == "heston":
-        return Heston()
+        return Heston(dt=dt)
     if name == "merton":
-        return Merton()
+        return Merton(dt=dt)
     if name not in NAMES:
         raise ValueError(f"unknown dynamics {name!r} (one of {', '.join(NAMES)})")
     dates, closes = load_closes(history)

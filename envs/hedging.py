@@ -161,7 +161,7 @@ class HedgingEnv(VectorEnv):
 
     Expiry is termination, never truncation. There is no autoreset (`AutoresetMode.DISABLED`): call `reset` after
     `num_steps` steps. `info` holds, per step and environment: `wealth_change` ΔW (before costs), `income`, `cost`,
-    `traded` (shares, absolute) and `net_delta` (shares, after the trade). Two more tell what befalls Black–Scholes
+    `turnover` (shares, absolute) and `net_delta` (shares, after the trade). Two more tell what befalls Black–Scholes
     delta hedging of the same book on the same path; they do not depend on the actions, so they can serve as control
     variates: `hedged_change`, its ΔW, and `hedged_cost`, the cost of its trade after that change (at the end, of
     unwinding).
@@ -405,7 +405,7 @@ class HedgingEnv(VectorEnv):
             "wealth_change": wealth_change,
             "income": income,
             "cost": cost,
-            "traded": turnover,
+            "turnover": turnover,
             "net_delta": net_delta,
             "hedged_change": self.hedged_change[t],
             "hedged_cost": self.hedged_cost[t],

@@ -70,7 +70,7 @@ def test_opening_and_unwinding_are_charged():
     _, infos, _ = play(env, hold_one)
     torch.testing.assert_close(infos[0]["cost"], torch.full((50,), 1.0, dtype=F64))
     torch.testing.assert_close(infos[1]["cost"], 0.01 * env.spot[2])
-    torch.testing.assert_close(infos[1]["traded"], torch.ones(50, dtype=F64))
+    torch.testing.assert_close(infos[1]["turnover"], torch.ones(50, dtype=F64))
 
 
 def test_band_moves_to_the_nearest_edge():
