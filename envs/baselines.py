@@ -237,7 +237,7 @@ def constant_spread(env: QuotingEnv, half_spread: float) -> Policy:
     return lambda observation: _quotes(torch.full_like(observation[:, 0], half_spread), 0.0 * observation[:, 0])
 
 
-def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
+def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: float = 1.0) -> Policy:
     """Avellaneda & Stoikov's quotes on the option book; Black–Scholes delta hedged every step.
 
     One unit of inventory is one option of average vega; its risk is what the hedge leaves (Stoikov & Sağlam 2009), its
@@ -246,13 +246,15 @@ def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float) -> Polic
     Args:
         risk_aversion: γ, 1/currency.
         k: decay of the fill intensity with the edge, per vol point.
+        spread: multiple of the formula's half-spread that is quoted.
     """
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
         vega, time_left = _mean_vega(env, state), observation[:, 0] * env.num_steps * env.dynamics.dt
         arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), time_left, k)
-        return _quotes(*avellaneda_stoikov_quotes(*arguments))
+        half_spread, skew = avellaneda_stoikov_quotes(*arguments)
+        return _quotes(spread * half_spread, skew)
 
     return policy
 

@@ -15,12 +15,14 @@ from envs import baselines, optimum
 from envs.baselines import Policy
 from envs.dynamics import GBM, Dynamics, Historical
 from envs.hedging import HedgingEnv
-from envs.quoting import AgainstRivals
+from envs.quoting import AgainstRivals, QuotingEnv
 from envs.runs import write_json
 
 Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
 Z95 = 1.959964
-NAMED = "Black–Scholes delta"  # the baseline that the user named
+NAMED = "Black–Scholes delta"  # the baseline that the user named, of hedging
+NAMED_MAKER = "Avellaneda–Stoikov, tuned"  # and of quoting, hedged at the Black–Scholes delta
+STRONGEST_MAKER = "GLFT, min-variance band, tuned"
 
 # Apart from each other and from the seeds of training, which are below a million
 BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED, SCALE_SEED = 1_000_000, 2_000_000, 3_000_000, 5_000_000
@@ -79,13 +81,23 @@ def evaluate(env, contestants: Mapping[str, Policy], episodes: int, seed: int) -
 
 
 def tune(
-    env: HedgingEnv | AgainstRivals, family: Callable[..., Policy], start: Sequence[float], ratio: float = 1.15
+    env: HedgingEnv | AgainstRivals,
+    family: Callable[..., Policy],
+    start: Sequence[float],
+    ratios: Sequence[float] = (1.15,),
 ) -> tuple[float, ...]:
     """Parameters of a strategy that are best on the environment's current market.
 
     Climbs the grid start_i · ratio^k_i until every neighbour is worse, so the result is interior by construction
-    (unless 80 evaluations do not suffice).
+    (unless 80 evaluations do not suffice); then, from there, with the next of `ratios`.
     """
+    best = tuple(float(x) for x in start)
+    for ratio in ratios:
+        best = _climb(env, family, best, ratio)
+    return best
+
+
+def _climb(env, family: Callable[..., Policy], start: tuple[float, ...], ratio: float) -> tuple[float, ...]:
     values: dict[tuple[int, ...], float] = {}
 
     def parameters(point: tuple[int, ...]) -> tuple[float, ...]:
@@ -136,6 +148,79 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
     parameters = {name: tune(env, family, [start])[0] for name, (family, start) in families.items()}
     policies |= {name: family(parameters[name]) for name, (family, _) in families.items()}
     return policies, parameters
+
+
+COARSE_TO_FINE = (1.3, 1.08)  # of the makers' parameters
+RISK_NEUTRAL = 1e-6  # the risk aversion of a formula that divides by it, where there is none
+
+
+def tune_rival(market: QuotingEnv) -> tuple[float, float]:
+    """Risk aversion and k of the Avellaneda–Stoikov maker that is tuned against makers like itself.
+
+    Tunes one seat against rivals with the parameters found before, until they repeat (at most six times).
+    """
+    rivals, parameters = None, (max(0.2 * market.risk_aversion, RISK_NEUTRAL), 1.0)
+    for _ in range(6):
+        if parameters == rivals:
+            break
+        rivals = parameters
+        env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rivals)] * (market.num_makers - 1))
+        env.reset(seed=TUNING_SEED)
+        parameters = _tune_maker(env, baselines.avellaneda_stoikov, rivals)
+    return rivals
+
+
+def _tune_maker(env: AgainstRivals, formula: Callable[..., Policy], start: tuple[float, float]) -> tuple[float, float]:
+    """Risk aversion and k of `formula`; k alone where the market has no risk aversion."""
+    market = env.env
+    if market.risk_aversion == 0:
+        return RISK_NEUTRAL, *tune(env, lambda k: formula(market, RISK_NEUTRAL, k), start[1:], COARSE_TO_FINE)
+    return tune(env, lambda a, k: formula(market, a, k), start, COARSE_TO_FINE)
+
+
+@dataclass
+class Makers:
+    """The classical makers, tuned, in the market that the agent enters.
+
+    `env` is that market from the agent's seat (its `like` has it in any size); `policies` by name, what an agent has to
+    beat in its seat; `parameters` by the same names, risk aversion and k, then the band in shares, and the `rival`'s.
+    """
+
+    env: AgainstRivals
+    policies: dict[str, Policy]
+    parameters: dict[str, tuple[float, ...]]
+
+
+def classical_makers(market: QuotingEnv, rival_spread: float = 1.0, rival_risk_aversion: float = 1.0) -> Makers:
+    """Tunes the rivals, Avellaneda–Stoikov makers, against each other, then every classical maker against them.
+
+    Args:
+        market: its number of rows is the number of episodes that tuning plays.
+        rival_spread, rival_risk_aversion: multiples of the tuned rival's half-spread and risk aversion.
+    """
+    start = tune_rival(market)
+    rival = (rival_risk_aversion * start[0], start[1], rival_spread)
+    env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rival)] * (market.num_makers - 1))
+    env.reset(seed=TUNING_SEED)
+    spread = tune(env, lambda half_spread: baselines.constant_spread(market, half_spread), (1.2,), COARSE_TO_FINE)
+    named = _tune_maker(env, baselines.avellaneda_stoikov, start)
+    quotes = _tune_maker(env, baselines.glft, start)
+
+    def banded(a: float, k: float, band: float) -> Policy:
+        return baselines.minimum_variance_band(market, baselines.glft(market, a, k), band)
+
+    if market.risk_aversion == 0 or market.cost_rate == 0:  # then there is no best band above 0 to climb to
+        strongest = (*quotes, 0.0)
+    else:
+        strongest = tune(env, banded, (*quotes, 0.15), COARSE_TO_FINE)
+    policies = {
+        NAMED_MAKER: baselines.avellaneda_stoikov(market, *named),
+        "constant spread, tuned": baselines.constant_spread(market, *spread),
+        "GLFT, tuned": baselines.glft(market, *quotes),
+        STRONGEST_MAKER: banded(*strongest),
+    }
+    parameters = dict(zip(policies, (named, spread, quotes, strongest), strict=True))
+    return Makers(env, policies, {**parameters, "rival": rival})
 
 
 class Validation:
@@ -294,7 +379,7 @@ class Benchmark:
 
     def table(self) -> str:
         """The benchmark as a Markdown table that also reads well in a terminal."""
-        header = ["contestant", "agent − it, paired [95 %]"] + list(self.columns.values())
+        header = ["contestant", "agent − it, paired [95 %]", *self.columns.values()]
         body = []
         for name, row in self.rows.items():
             advantage = str(self.advantages[name]) if name in self.advantages else ""

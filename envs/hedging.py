@@ -359,8 +359,8 @@ class HedgingEnv(VectorEnv):
 
     @staticmethod
     def to_band(net_delta: Tensor, actions: Tensor) -> Tensor:
-        """Net delta (n,) in shares → the nearest one in the band of actions (n, 2), where the trade takes it."""
-        centre, half_width = actions[:, 0], actions[:, 1].clamp(min=0)
+        """Net delta (…) in shares → the nearest one in the band of actions (…, 2), where the trade takes it."""
+        centre, half_width = actions[..., 0], actions[..., 1].clamp(min=0)
         return torch.minimum(torch.maximum(net_delta, centre - half_width), centre + half_width)
 
     def after_trade(self, observation: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

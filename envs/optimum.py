@@ -2,7 +2,9 @@
 
 `optimal_hedge` solves the hedging of one kind of option by dynamic programming: phase 1 over (time, spot, variance,
 holding) when the market is Markov in (spot, variance) and driven by one normal a step (gbm and garch), phase 2 with one
-strike and expiry over (time, spot, position, holding) in gbm.
+strike and expiry over (time, spot, position, holding) in gbm. Quoting: `best_response` is the best edge against given
+rivals where nothing is risked, in closed form, and `optimal_quotes` adds what inventory costs, by dynamic programming
+in gbm.
 """
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from envs import black_scholes
 from envs.dynamics import GARCH, GBM
 from envs.hedging import HedgingEnv, OrderLaw
+from envs.quoting import ASK, BID, VOL_POINT, AgainstRivals
 
 Tensor = torch.Tensor
 
@@ -237,3 +240,123 @@ def _order_transition(law: OrderLaw, limit: int) -> np.ndarray:
     for i in range(2 * limit + 1):
         np.add.at(matrix[i], np.clip(i + change, 0, 2 * limit), net)
     return matrix
+
+
+def best_response(rivals: Tensor, k: float, reference_edge: float, marginal_cost: Tensor | float = 0.0) -> Tensor:
+    """Edge that earns most per taker, who picks by logit: argmax_d (d − c) P(picks us | d, rivals' edges).
+
+    The first-order condition d = c + 1/(k(1 − P)) (Anderson, de Palma & Thisse 1992, chapter 7) has the solution
+    d = c + (1 + W)/k with Lambert's W e^W = e^{−1 − k(c − d_ref)}/(1 + Σ e^{−k(dᵢ − d_ref)}).
+
+    Args:
+        rivals: (…, number of rivals) their edges on the same side, vol points.
+        k, reference_edge: of the choice, see `QuotingEnv`.
+        marginal_cost: c (…), vol points: what a trade costs us beside the edge it earns.
+
+    Returns:
+        The edge (…), vol points.
+    """
+    others = -k * (torch.cat((rivals, torch.full_like(rivals[..., :1], reference_edge)), -1) - reference_edge)
+    log_z = -1.0 - k * (marginal_cost - reference_edge) - others.logsumexp(-1)
+    tiny = torch.finfo(rivals.dtype).tiny
+    w = torch.nn.functional.softplus(log_z).clamp(min=tiny)
+    for _ in range(12):  # Newton's method on w + ln w = ln z: quadratic, from either side
+        w = (w * (1.0 + log_z - w.log()) / (1.0 + w)).clamp(min=tiny)
+    return marginal_cost + (1.0 + w) / k
+
+
+class OptimalQuotes:
+    """Quotes of the inventory dynamic programming as a policy: observation (n, size) → action (n, 4).
+
+    Each side is the best response to the rivals' last quotes with the marginal cost of inventory, which the dynamic
+    programming gives by time and vega. Hedged at the Black–Scholes delta, with a constant band.
+
+    Attributes:
+        value: expected objective of an episode, currency, as the dynamic programming predicts it.
+        vegas: (X,) grid of the book's vega, currency per vol point.
+        marginal_costs: (num_steps, X, 2) of selling and of buying one more unit of vega, vol points.
+    """
+
+    def __init__(self, env: AgainstRivals, value: float, vegas: Tensor, marginal_costs: Tensor, band: float):
+        self.market, self.value, self.band = env.env, value, band
+        self.vegas = vegas.to(self.market.device, self.market.dtype)
+        self.marginal_costs = marginal_costs.to(self.market.device, self.market.dtype)
+
+    def __call__(self, observation: Tensor) -> Tensor:
+        state, market = self.market.decode(observation), self.market
+        u = (state.vega - self.vegas[0]) / (self.vegas[1] - self.vegas[0])
+        u = u.clamp(0, len(self.vegas) - 1)
+        index = u.floor().long().clamp(max=len(self.vegas) - 2)
+        t, weight = state.step.clamp(max=market.num_steps - 1), (u - index)[:, None]
+        cost = (1.0 - weight) * self.marginal_costs[t, index] + weight * self.marginal_costs[t, index + 1]
+        edges = best_response(state.rivals.transpose(-1, -2), market.choice_sensitivity, market.reference_edge, cost)
+        half_spread, skew = 0.5 * (edges[:, ASK] + edges[:, BID]), 0.5 * (edges[:, ASK] - edges[:, BID])
+        zero = torch.zeros_like(skew)
+        return torch.stack((half_spread.clamp(min=0), skew, zero, zero + self.band), -1)
+
+
+@torch.no_grad()
+def optimal_quotes(env: AgainstRivals, fill_cost: float = 0.0, band: float = 0.0, risk_aversion: float | None = None) -> OptimalQuotes:
+    """Inventory dynamic programming of a maker under gbm (Guéant, Lehalle & Fernandez-Tapia 2013, with logit demand).
+
+    With one expiry and constant volatility the risks of all options are proportional: a hedged book of vega x (currency
+    per vol point) has the gamma 100x/(S²στ), and E[ΔW²] = ½(100xσ dt/τ)² in a step. So the state is (t, x), and
+
+        V_t(x) = U_t(x) + Σ_sides max_d λ P(d) Σ_j [ν_j (d − h) + U_t(x ∓ ν_j) − U_t(x)],
+        U_t(x) = −½ · risk_aversion · ½(100xσ dt/τ)² + V_{t+1}(x ν_{t+1}/ν_t),
+
+    with ν_j the vegas at the initial spot, h what hedging a fill costs, and the rivals quoting as if they held nothing.
+    The maximum is `best_response`. What the model leaves out (the spot's moves, the order flow's persistence, rivals'
+    inventories, several fills at once) makes it an approximation: its value is predicted, its policy is what counts.
+
+    Args:
+        hedging_share: how much of a fill's delta is traded in the end, as a share; the rest is netted.
+        band: half-width of the no-trade band, shares.
+
+    Raises:
+        ValueError: another model than gbm.
+    """
+    market = env.env
+    if not isinstance(market.dynamics, GBM):
+        raise ValueError(f"no inventory dynamic programming under {type(market.dynamics).__name__.lower()} (only gbm)")
+    sigma, dt, k = market.dynamics.volatility, market.dynamics.dt, market.choice_sensitivity
+    spot, time_to_expiry = torch.tensor(market.initial_spot, dtype=torch.float64), market.steps_left.cpu().double() * dt
+    strike = market.strike.cpu().double()
+    greeks = black_scholes.greeks(spot, strike, time_to_expiry[:, None], sigma)
+    vega = VOL_POINT * greeks.vega  # (num_steps + 1, J)
+    risk_aversion = market.risk_aversion if risk_aversion is None else risk_aversion
+    # What the rivals quote while the spot stands still and they hold nothing
+    still = market.like(1)
+    flat = torch.full((1, market.num_steps + 1), market.initial_spot).to(still.strike)
+    marks = torch.full((1, market.num_steps, market.num_options, 2, 1), 2.0).to(still.strike)
+    still.set_market(flat, torch.full_like(flat, sigma**2), torch.ones_like(marks[:, :, 0, :, 0]), marks)
+    still.replay()
+    quoted = []
+    for still.t in range(market.num_steps):
+        actions = torch.stack([policy(still.observe()[:, 0])[0] for policy in env.rivals])
+        quoted.append(torch.stack((actions[:, 0] + actions[:, 1], actions[:, 0] - actions[:, 1])))
+    quoted = torch.stack(quoted).cpu().double()  # (num_steps, 2, rivals)
+
+    x = torch.linspace(-60, 60, 1201, dtype=torch.float64) * vega[0].mean()
+    value, costs = torch.zeros_like(x), []
+    substeps = int(np.ceil(4.0 * market.arrival_rate * market.num_options))  # fewer than one fill in each
+
+    def at(values: Tensor, points: Tensor) -> Tensor:
+        return torch.from_numpy(np.interp(points.numpy(), x.numpy(), values.numpy()))
+
+    for t in reversed(range(market.num_steps)):
+        risk = 0.5 * (x * sigma * dt / (VOL_POINT * time_to_expiry[t])) ** 2
+        held = at(value, x * vega[t + 1].mean() / vega[t].mean()) - 0.5 * risk_aversion * risk
+        value, cost = held, [None, None]
+        for _ in range(substeps):
+            held = value
+            for side, sign in ((ASK, -1.0), (BID, 1.0)):
+                change = sum(at(held, x + sign * nu) - held for nu in vega[t])
+                cost[side] = fill_cost - change / vega[t].sum()
+                rivals = quoted[t, side].expand(len(x), -1)
+                edge = best_response(rivals, k, market.reference_edge, cost[side])
+                picked = torch.exp(-k * (edge - market.reference_edge))
+                picked = picked / (1.0 + picked + torch.exp(-k * (rivals - market.reference_edge)).sum(-1))
+                value = value + market.arrival_rate / substeps * picked * (edge - cost[side]) * vega[t].sum()
+        costs.append(torch.stack(cost, -1))
+    return OptimalQuotes(env, float(at(value, torch.zeros(1))), x, torch.stack(costs[::-1]), band)

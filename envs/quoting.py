@@ -39,6 +39,7 @@ OBSERVATION_NAMES = (
     "vega risk",
     "order flow",
 )  # after them the rivals' last ask and bid edges, the own positions, and (privileged) the rivals' vegas and positions
+VEGA = OBSERVATION_NAMES.index("net vega")
 ACTION_NAMES = ("half_spread", "skew", "target", "band")
 
 
