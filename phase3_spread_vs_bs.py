@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from envs import AgainstRivals, QuotingEnv, benchmark, dynamics, figures, quoting, runs
+from envs import AgainstRivals, QuotingEnv, benchmark, dynamics, figures, makers, quoting, runs
 
 Tensor = torch.Tensor
 PHASE = "phase3"  # a checkpoint is only loaded into the phase that wrote it
@@ -111,18 +111,18 @@ class Args:
     """the rivals' risk aversion, as a multiple of the tuned one"""
 
     # The algorithm
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 9_000_000
     """environment steps of the whole run, over all environments"""
-    num_envs: int = 512
+    num_envs: int = 1024
     """environments side by side"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """learning rate of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
     gamma: float = 1.0
     """discount factor"""
     gae_lambda: float = 0.85
-    """λ of generalised advantage estimation"""
+    """λ of generalised advantage estimation; higher ones earn more, but no more objective, at more risk"""
     num_minibatches: int = 8
     """minibatches an epoch; must divide num_envs × num_steps"""
     update_epochs: int = 4
@@ -141,9 +141,11 @@ class Args:
     """the training reward is multiplied by this, so that values are of order one"""
 
     # The benchmark
+    tuning_episodes: int = 2048
+    """episodes that the classical makers, the rival among them, are tuned on"""
     num_evaluations: int = 20
     """how often in the run the policy is evaluated, logged and saved"""
-    eval_episodes: int = 16_384
+    eval_episodes: int = 32_768
     """episodes of the final benchmark (with historical: all the windows there are)"""
 
 
@@ -153,7 +155,8 @@ def validate(args: Args) -> None:
     hint = "" if args.evaluate else "; historical with --evaluate"
     runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
     runs.check_range(args, 1e-3, 10, "volatility")
-    runs.check_range(args, 1e-3, 100, "mean_reversion", "vol_of_vol")
+    runs.check_range(args, 1e-3, 100, "mean_reversion")
+    runs.check_range(args, 1e-3, 3, "vol_of_vol")
     runs.check_range(args, -1, 1, "correlation")
     runs.check_range(args, 0, 0.5, "cost_rate")
     runs.check_range(args, 0, 1e3, "risk_aversion")
@@ -164,7 +167,7 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, 1e6, "choice_sensitivity", "rival_spread", "rival_risk_aversion", open_low=True)
     most = 3 / math.sqrt(2 * args.num_steps / 504)  # beyond, the spot is as good as zero at the end
     runs.check(args.volatility <= most, f"--volatility is {args.volatility} (at most {most:.2g} over --num-steps)")
-    runs.check_range(args, 2, 2**26, "eval_episodes")
+    runs.check_range(args, 2, 2**26, "eval_episodes", "tuning_episodes")
     runs.check_range(args, 1, 1024, "torch_threads")
     runs.check_name(args.exp_name)
     if args.evaluate is not None:
@@ -221,9 +224,9 @@ class Agent(nn.Module):
     band: linear in what the strongest classical maker does, which `fit` measures. So training starts from there.
     """
 
-    def __init__(self, env: AgainstRivals):
+    def __init__(self, market: QuotingEnv):
         super().__init__()
-        size, actions = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+        size, actions = market.maker_observation_space.shape[0], market.maker_action_space.shape[0]
 
         def network(outputs: int, std: float) -> nn.Sequential:
             return nn.Sequential(
@@ -365,14 +368,14 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
     return torch.stack(parts).mean(0)
 
 
-def train(args: Args, makers: benchmark.Makers, run_dir: Path, device: torch.device, checkpoint: dict | None, tracker):
+def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.device, checkpoint: dict | None, tracker):
     """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times.
 
     Returns the agent and the environment steps it was trained for."""
     torch.manual_seed(args.seed)
-    env = makers.env.like(args.num_envs)
-    agent = Agent(env).to(device)
-    agent.fit(env.like(1024), makers.policies[benchmark.STRONGEST_MAKER])
+    env = classics.env.like(args.num_envs)
+    agent = Agent(env.env).to(device)
+    agent.fit(env.like(1024), classics.policies[makers.STRONGEST_MAKER])
     # A tensor as learning rate, so that a captured update sees it change
     optimizer = torch.optim.Adam(
         agent.parameters(), lr=torch.tensor(args.learning_rate, device=device), eps=1e-5, fused=True,
@@ -406,7 +409,7 @@ def train(args: Args, makers: benchmark.Makers, run_dir: Path, device: torch.dev
             content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
-    validation = benchmark.Validation(env.like(2048), makers.policies[benchmark.NAMED_MAKER], "avellaneda_stoikov")
+    validation = benchmark.Validation(env.like(4096), classics.policies[makers.NAMED_MAKER], "avellaneda_stoikov")
     if checkpoint is None:  # the untrained policy, for the learning curve
         metrics.write({"global_step": 0, **validation(agent.policy)})
         save(0)
@@ -425,7 +428,12 @@ def train(args: Args, makers: benchmark.Makers, run_dir: Path, device: torch.dev
     for iteration in range(first, num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
-        losses = iterate()
+        try:
+            losses = iterate()
+        except ValueError as error:  # the market takes no quotes that are NaN
+            raise runs.DivergenceError(
+                f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
+            ) from None
         clock_steps += batch_size
         progress.update(batch_size)
         if iteration not in evaluations:
@@ -453,13 +461,35 @@ def train(args: Args, makers: benchmark.Makers, run_dir: Path, device: torch.dev
 # BENCHMARK
 
 
-def run_benchmark(args: Args, makers: benchmark.Makers, agent: Agent, steps: int, run_dir: Path, device: torch.device):
-    """The agent against every classical maker in its seat on fresh episodes; writes report and figures."""
-    played = benchmark.evaluate(
-        makers.env.like(4096), {"agent": agent.policy, **makers.policies}, args.eval_episodes, benchmark.BENCHMARK_SEED
-    )
-    result = benchmark.compare("Phase 3", {"parameters": makers.parameters}, played, "agent")
+MARKET = (
+    "dynamics", "volatility", "mean_reversion", "vol_of_vol", "correlation", "num_steps", "num_makers", "arrival_rate",
+    "flow_sd", "choice_sensitivity", "cost_rate", "risk_aversion", "rival_spread", "rival_risk_aversion",
+)  # fmt: skip
+
+
+def run_benchmark(args: Args, classics: makers.Makers, agent: Agent, steps: int, run_dir: Path, model):
+    """The agent and every classical maker in the same seat on fresh episodes; writes report and figures."""
+    market = {name: getattr(args, name) for name in MARKET}
+    default_market = market == {name: getattr(Args(), name) for name in MARKET}
+    settings = {**market, "privileged": args.privileged, "run seed": args.seed, "training steps": steps}
+    title = f"Phase 3 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
+    replayed = None
+    if args.dynamics == "historical":
+        settings |= {"closes": args.history or "S&P 500", "model fitted until": str(model.dates[0])}
+        windows = make_market(args, model, model.num_windows(args.num_steps), classics.env.device)
+        replayed = AgainstRivals(windows, classics.env.rivals)
+    contest = makers.quoting_contest(classics, agent.policy, args.eval_episodes, replayed)
+    result = makers.judge_quoting(title, settings, contest, default_market)
     result.write(run_dir)
+    if args.dynamics == "historical":
+        apart = contest.non_overlapping(args.num_steps)
+        makers.judge_quoting(f"{title}, non-overlapping windows", settings, apart, default_market).write(
+            run_dir, "benchmark_non_overlapping"
+        )
+        figures.advantage_by_date(run_dir / "advantage_by_date.png", model.dates, contest, title)
+    sweep = makers.rival_sweep(contest, ("agent", makers.NAMED_MAKER, makers.GLFT, makers.STRONGEST_MAKER))
+    runs.write_json(run_dir / "rival_sweep.json", sweep)
+    figures.quoting_report(run_dir, title, contest, sweep)
     return result
 
 
@@ -505,9 +535,9 @@ def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
     tracker.finish()
 
 
-def load_agent(args: Args, checkpoint: dict, env: AgainstRivals) -> Agent:
+def load_agent(args: Args, checkpoint: dict, market: QuotingEnv) -> Agent:
     """The agent of a checkpoint, to be evaluated in another market than it was trained in, but not on its own past."""
-    agent = Agent(env).to(env.device)
+    agent = Agent(market).to(market.device)
     try:
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, AttributeError, TypeError):
@@ -530,23 +560,26 @@ def main(argv) -> bool:
     model = make_dynamics(args)
     torch.set_num_threads(args.torch_threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    fitted = model.garch if args.dynamics == "historical" else model  # what the makers know
+    market = make_market(args, fitted, args.tuning_episodes, device)
+    rows = max(args.num_envs, args.tuning_episodes)
+    runs.check_memory(3 * 4 * rows * market.noise_size, device, f"--num-envs {rows}")  # noise, marks and one copy
     name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
-    makers = benchmark.classical_makers(
-        make_market(args, model, 2048, device), args.rival_spread, args.rival_risk_aversion
-    )
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:
-        agent = load_agent(args, checkpoint, makers.env)
+        agent = load_agent(args, checkpoint, market)
         trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
         steps = trained.num_envs * trained.num_steps * checkpoint["iteration"]
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)
         runs.write_json(run_dir / "args.json", asdict(args))
-    print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
+    print(f"{run_dir}: {args.dynamics} on {device}; edges in vol points, vega per vol point, S = 100, 252 days a year")
+    print("the classical makers, tuned, are the rival and what has to be beaten …", flush=True)
+    classics = makers.classical_makers(market, args.rival_spread, args.rival_risk_aversion)
     if args.evaluate is None:
-        agent, steps = train(args, makers, run_dir, device, checkpoint, tracker)
-    result = run_benchmark(args, makers, agent, steps, run_dir, device)
+        agent, steps = train(args, classics, run_dir, device, checkpoint, tracker)
+    result = run_benchmark(args, classics, agent, steps, run_dir, model)
     print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")
     if tracker:
         finish_tracker(tracker, result, run_dir)

@@ -7,7 +7,7 @@ zero interest rate and dividends.
 
 import gymnasium as gym
 
-from envs import baselines, benchmark, black_scholes, dynamics, figures, hedging, optimum, quoting, runs
+from envs import baselines, benchmark, black_scholes, dynamics, figures, hedging, makers, optimum, quoting, runs
 from envs.hedging import HedgingEnv, HedgingGymEnv
 from envs.quoting import AgainstRivals, QuotingEnv, QuotingGymEnv
 
@@ -23,6 +23,7 @@ __all__ = [
     "dynamics",
     "figures",
     "hedging",
+    "makers",
     "optimum",
     "quoting",
     "runs",

@@ -6,6 +6,7 @@ their confidence intervals are far narrower than those of the levels. Intervals 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,12 @@ from envs import baselines, optimum
 from envs.baselines import Policy
 from envs.dynamics import GBM, Dynamics, Historical
 from envs.hedging import HedgingEnv
-from envs.quoting import AgainstRivals, QuotingEnv
+from envs.quoting import AgainstRivals
 from envs.runs import write_json
 
 Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
 Z95 = 1.959964
 NAMED = "Black–Scholes delta"  # the baseline that the user named, of hedging
-NAMED_MAKER = "Avellaneda–Stoikov, tuned"  # and of quoting, hedged at the Black–Scholes delta
-STRONGEST_MAKER = "GLFT, min-variance band, tuned"
 
 # Apart from each other and from the seeds of training, which are below a million
 BENCHMARK_SEED, TUNING_SEED, VALIDATION_SEED, SCALE_SEED = 1_000_000, 2_000_000, 3_000_000, 5_000_000
@@ -88,16 +87,18 @@ def tune(
 ) -> tuple[float, ...]:
     """Parameters of a strategy that are best on the environment's current market.
 
-    Climbs the grid start_i · ratio^k_i until every neighbour is worse, so the result is interior by construction
-    (unless 80 evaluations do not suffice); then, from there, with the next of `ratios`.
+    Climbs the grid start_i · ratio^k_i until every neighbour, diagonal ones too, is worse, so the result is interior by
+    construction (unless 80 evaluations do not suffice); then, from there, with the next of `ratios`.
     """
     best = tuple(float(x) for x in start)
     for ratio in ratios:
-        best = _climb(env, family, best, ratio)
+        best = _climb(env, family, best, ratio, diagonally=ratio == ratios[-1])
     return best
 
 
-def _climb(env, family: Callable[..., Policy], start: tuple[float, ...], ratio: float) -> tuple[float, ...]:
+def _climb(
+    env, family: Callable[..., Policy], start: tuple[float, ...], ratio: float, diagonally: bool
+) -> tuple[float, ...]:
     values: dict[tuple[int, ...], float] = {}
 
     def parameters(point: tuple[int, ...]) -> tuple[float, ...]:
@@ -105,20 +106,23 @@ def _climb(env, family: Callable[..., Policy], start: tuple[float, ...], ratio: 
 
     def value(point: tuple[int, ...]) -> float:
         if point not in values:
-            values[point] = play(env, family(*parameters(point)))["objective_centred"].mean()
+            try:
+                values[point] = play(env, family(*parameters(point)))["objective_centred"].mean()
+            except ValueError:  # so extreme that a formula overflows
+                values[point] = -np.inf
         return values[point]
 
-    def step(point: tuple[int, ...], i: int, by: int) -> tuple[int, ...]:
-        return (*point[:i], point[i] + by, *point[i + 1 :])
-
+    # Along the axes first, then diagonally: parameters that trade off against each other make ridges
+    directions = sorted(product((-1, 0, 1), repeat=len(start)), key=lambda move: sum(map(abs, move)))[1:]
+    directions = directions if diagonally else directions[: 2 * len(start)]
     best, improved = (0,) * len(start), True
     while improved and len(values) < 80:
         improved = False
-        for i in range(len(start)):
-            neighbour = max((step(best, i, -1), step(best, i, 1)), key=value)
-            while value(neighbour) > value(best) and len(values) < 80:  # on in the direction that helped
-                by = neighbour[i] - best[i]
-                best, neighbour, improved = neighbour, step(neighbour, i, by), True
+        for move in directions:
+            while value(after := tuple(map(sum, zip(best, move, strict=True)))) > value(best) and len(values) < 80:
+                best, improved = after, True
+            if improved:
+                break
     return parameters(best)
 
 
@@ -148,79 +152,6 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
     parameters = {name: tune(env, family, [start])[0] for name, (family, start) in families.items()}
     policies |= {name: family(parameters[name]) for name, (family, _) in families.items()}
     return policies, parameters
-
-
-COARSE_TO_FINE = (1.3, 1.08)  # of the makers' parameters
-RISK_NEUTRAL = 1e-6  # the risk aversion of a formula that divides by it, where there is none
-
-
-def tune_rival(market: QuotingEnv) -> tuple[float, float]:
-    """Risk aversion and k of the Avellaneda–Stoikov maker that is tuned against makers like itself.
-
-    Tunes one seat against rivals with the parameters found before, until they repeat (at most six times).
-    """
-    rivals, parameters = None, (max(0.2 * market.risk_aversion, RISK_NEUTRAL), 1.0)
-    for _ in range(6):
-        if parameters == rivals:
-            break
-        rivals = parameters
-        env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rivals)] * (market.num_makers - 1))
-        env.reset(seed=TUNING_SEED)
-        parameters = _tune_maker(env, baselines.avellaneda_stoikov, rivals)
-    return rivals
-
-
-def _tune_maker(env: AgainstRivals, formula: Callable[..., Policy], start: tuple[float, float]) -> tuple[float, float]:
-    """Risk aversion and k of `formula`; k alone where the market has no risk aversion."""
-    market = env.env
-    if market.risk_aversion == 0:
-        return RISK_NEUTRAL, *tune(env, lambda k: formula(market, RISK_NEUTRAL, k), start[1:], COARSE_TO_FINE)
-    return tune(env, lambda a, k: formula(market, a, k), start, COARSE_TO_FINE)
-
-
-@dataclass
-class Makers:
-    """The classical makers, tuned, in the market that the agent enters.
-
-    `env` is that market from the agent's seat (its `like` has it in any size); `policies` by name, what an agent has to
-    beat in its seat; `parameters` by the same names, risk aversion and k, then the band in shares, and the `rival`'s.
-    """
-
-    env: AgainstRivals
-    policies: dict[str, Policy]
-    parameters: dict[str, tuple[float, ...]]
-
-
-def classical_makers(market: QuotingEnv, rival_spread: float = 1.0, rival_risk_aversion: float = 1.0) -> Makers:
-    """Tunes the rivals, Avellaneda–Stoikov makers, against each other, then every classical maker against them.
-
-    Args:
-        market: its number of rows is the number of episodes that tuning plays.
-        rival_spread, rival_risk_aversion: multiples of the tuned rival's half-spread and risk aversion.
-    """
-    start = tune_rival(market)
-    rival = (rival_risk_aversion * start[0], start[1], rival_spread)
-    env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rival)] * (market.num_makers - 1))
-    env.reset(seed=TUNING_SEED)
-    spread = tune(env, lambda half_spread: baselines.constant_spread(market, half_spread), (1.2,), COARSE_TO_FINE)
-    named = _tune_maker(env, baselines.avellaneda_stoikov, start)
-    quotes = _tune_maker(env, baselines.glft, start)
-
-    def banded(a: float, k: float, band: float) -> Policy:
-        return baselines.minimum_variance_band(market, baselines.glft(market, a, k), band)
-
-    if market.risk_aversion == 0 or market.cost_rate == 0:  # then there is no best band above 0 to climb to
-        strongest = (*quotes, 0.0)
-    else:
-        strongest = tune(env, banded, (*quotes, 0.15), COARSE_TO_FINE)
-    policies = {
-        NAMED_MAKER: baselines.avellaneda_stoikov(market, *named),
-        "constant spread, tuned": baselines.constant_spread(market, *spread),
-        "GLFT, tuned": baselines.glft(market, *quotes),
-        STRONGEST_MAKER: banded(*strongest),
-    }
-    parameters = dict(zip(policies, (named, spread, quotes, strongest), strict=True))
-    return Makers(env, policies, {**parameters, "rival": rival})
 
 
 class Validation:
@@ -309,6 +240,16 @@ def gap_closed(agent: np.ndarray, baseline: np.ndarray, optimum: np.ndarray) -> 
     return Estimate(share, se, share - Z95 * se, share + Z95 * se)
 
 
+RATIOS = (("market_share", "fills", "trades"), ("delta_share", "net_delta", "gross_delta"))
+
+
+def relative_gain(agent: np.ndarray, baseline: np.ndarray) -> Estimate:
+    """How far the mean of `agent` is above that of `baseline`, as a share of the latter; paired, delta method."""
+    ratio = float((agent - baseline).mean() / baseline.mean())
+    se = float((agent - (1.0 + ratio) * baseline).std(ddof=1) / abs(baseline.mean()) / len(agent) ** 0.5)
+    return Estimate(ratio, se, ratio - Z95 * se, ratio + Z95 * se)
+
+
 def summarise(episodes: Episodes, block: int = 1) -> dict[str, float]:
     """The row of a contestant: levels of its objective and risk measures, in currency; `block` as in `estimate`."""
     pnl = episodes["pnl"]
@@ -322,6 +263,7 @@ def summarise(episodes: Episodes, block: int = 1) -> dict[str, float]:
         "cvar95": float(worst.mean()),  # mean P&L of the worst 5 % of episodes
         "cost_plus_sd": float(-pnl.mean() + 1.5 * pnl.std(ddof=1)),  # Cao, Chen, Hull & Poulos (2021), eq. 1
         **{name: float(episodes[name].mean()) for name in (*SUMMED, *AVERAGED) if name in episodes},
+        **{name: float(episodes[a].sum() / episodes[b].sum()) for name, a, b in RATIOS if b in episodes},
     }
 
 
@@ -414,18 +356,26 @@ class Benchmark:
         (folder / f"{stem}.md").write_text(text, encoding="utf-8")
 
 
-def compare(title: str, settings: dict, played: Mapping[str, Episodes], agent: str, block: int = 1) -> Benchmark:
+def compare(
+    title: str,
+    settings: dict,
+    played: Mapping[str, Episodes],
+    agent: str,
+    block: int = 1,
+    columns: Mapping[str, str] = COLUMNS,
+) -> Benchmark:
     """Benchmark of `played` (see `evaluate`): rows, and the paired advantage of `agent` over every other contestant."""
     mine = played[agent]["objective"]
     advantages = {
         name: estimate(mine - episodes["objective"], block) for name, episodes in played.items() if name != agent
     }
-    return Benchmark(title, settings, {name: summarise(e, block) for name, e in played.items()}, advantages)
+    rows = {name: summarise(e, block) for name, e in played.items()}
+    return Benchmark(title, settings, rows, advantages, columns=columns)
 
 
 @dataclass
 class Contest:
-    """What a hedging benchmark compares, and what came of it.
+    """What a benchmark compares, and what came of it.
 
     `policies` and `played` (see `play`) by contestant, the agent among them as "agent"; `parameters` of those that were
     tuned; `best` is the contestant that the agent is measured and drawn beside, `exact` whether it is the true optimum;
@@ -439,12 +389,17 @@ class Contest:
     exact: bool
     block: int
     settings: dict
-    env: HedgingEnv
+    env: HedgingEnv | AgainstRivals
 
     def non_overlapping(self, num_steps: int) -> "Contest":
         """The same contest on every `num_steps`-th window, which share no day."""
         apart = {name: {m: x[::num_steps] for m, x in sample.items()} for name, sample in self.played.items()}
         return replace(self, played=apart, block=1)
+
+
+def windows_played(model: Historical, num_steps: int) -> str:
+    """What an evaluation on real closes played, in words."""
+    return f"all of {num_steps} days, {model.dates[1]} to {model.dates[-1]}, returns demeaned"
 
 
 def hedging_contest(
@@ -475,9 +430,9 @@ def hedging_contest(
     settings["tuning seed"] = TUNING_SEED
     if historical:
         num_steps = tuning.num_steps
-        env = make_env(model, model.num_windows(num_steps))
+        env = make_env(model, model.numwindows_played(num_steps))
         episodes = env.num_envs
-        settings["windows"] = f"all of {num_steps} days, {model.dates[1]} to {model.dates[-1]}, returns demeaned"
+        settings["windows"] = windows_played(model, num_steps)
     else:
         env = make_env(model, min(episodes, 8192))
         settings["benchmark seed"] = BENCHMARK_SEED

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 from envs.baselines import Policy
 from envs.benchmark import BENCHMARK_SEED, NAMED, VALIDATION_SEED, Contest, play
-from envs.hedging import NET_DELTA, HedgingEnv
+from envs.hedging import NET_DELTA, REFERENCE_VOLATILITY, HedgingEnv
+from envs.makers import GLFT, NAMED_MAKER, STRONGEST_MAKER
+from envs.quoting import ASK, BID
 from envs.runs import read_metrics
 
 AGENT, BASELINE, OPTIMUM, OTHER = "#1f5fbf", "#c23b22", "#2a8f4f", "#8a8a8a"
@@ -43,7 +45,8 @@ def hedging_report(folder: Path, title: str, contest: Contest) -> None:
         colours = {**{name: colour for name, colour in colours.items() if name != best}, best: OPTIMUM}
         objectives = {name: play(validation, policies[name])["objective_centred"].mean() for name in colours}
         levels = {name: (level - objectives[NAMED], colours[name]) for name, level in objectives.items()}
-        learning_curve(folder / "learning_curve.png", curve, levels, contest.exact, f"{title}: training")
+        metric = "charts/gain_over_black_scholes"
+        learning_curve(folder / "learning_curve.png", curve, metric, levels, contest.exact, f"{title}: training")
     bands = contest.env.like(161)
     no_trade_bands(folder / "no_trade_bands.png", bands, policies["agent"], policies[best], best, title)
     pnls = {
@@ -54,19 +57,20 @@ def hedging_report(folder: Path, title: str, contest: Contest) -> None:
 
 
 def learning_curve(
-    path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], exact: bool, title: str
+    path: Path, curve: list[dict], metric: str, levels: Mapping[str, tuple[float, str]], exact: bool, title: str
 ) -> None:
     """Gain over the named baseline during training, beside the contestants' levels; and what is left to the optimum.
 
     Args:
-        curve: rows of metrics.csv.
-        levels: label → (paired gain over Black–Scholes on the same episodes, colour); the best known is last.
+        curve: rows of metrics.csv, `metric` the name of the gain in them.
+        levels: label → (paired gain over the named baseline on the same episodes, colour), the named baseline first and
+            the best known last.
         exact: whether that is the exact optimum, so that nothing can be above it.
     """
     figure, panels = _new(1, 2 if exact else 1, (12 if exact else 7.5, 4.5), squeeze=False)
     axes, rest = panels[0][0], panels[0][-1]
     steps = [row["global_step"] / 1e6 for row in curve]
-    gains = np.array([row["charts/gain_over_black_scholes"] for row in curve])
+    gains = np.array([row[metric] for row in curve])
     axes.plot(steps, gains, color=AGENT, marker=".", label="agent (mean action)")
     best, (best_level, _) = list(levels.items())[-1]
     for i, (label, (level, colour)) in enumerate(levels.items()):
@@ -79,7 +83,7 @@ def learning_curve(
     low, high = min(known), max(*known, gains[-1])
     margin = 0.35 * max(high - low, 1e-6)
     axes.set_ylim(low - margin, high + margin)
-    axes.set(xlabel="environment steps (millions)", ylabel="objective above Black–Scholes delta (currency)")
+    axes.set(xlabel="environment steps (millions)", ylabel=f"objective above {next(iter(levels))} (currency)")
     axes.legend(frameon=True, edgecolor="none", framealpha=0.9, loc="lower right", fontsize=9)
     if exact:
         rest.plot(steps, best_level - gains, color=AGENT, marker=".", label="agent (mean action)")
@@ -114,9 +118,8 @@ def advantage_by_date(path: Path, dates: np.ndarray, contest: Contest, title: st
         dates: days of the real closes; window i starts on dates[i].
     """
     played = contest.played
-    rivals = [
-        name for name in (NAMED, "Whalley–Wilmott, tuned", contest.best, "min-variance band, tuned") if name in played
-    ]
+    drawn = (NAMED, "Whalley–Wilmott, tuned", contest.best, "min-variance band, tuned", NAMED_MAKER, GLFT)
+    rivals = [name for name in dict.fromkeys(drawn) if name in played]
     advantages = {name: played["agent"]["objective"] - played[name]["objective"] for name in rivals}
     dates = dates[: len(played["agent"]["objective"])]
     figure, axes = _new(size=(9, 4.5))
@@ -295,3 +298,136 @@ def _edges(policy: Policy, observation: torch.Tensor) -> tuple[np.ndarray, np.nd
     offset, half_width = policy(observation).unbind(-1)
     half_width = half_width.clamp(min=0)
     return (offset - half_width).cpu().numpy(), (offset + half_width).cpu().numpy()
+
+
+def quoting_report(folder: Path, title: str, contest: Contest, sweep: Mapping) -> None:
+    """The figures of a quoting benchmark: training (if there is a metrics.csv), quotes, an episode, P&L, rivals."""
+    policies, played, best = contest.policies, contest.played, contest.best
+    colours = {NAMED_MAKER: BASELINE, GLFT: OTHER, STRONGEST_MAKER: OTHER}
+    colours = {**{name: colour for name, colour in colours.items() if name != best}, best: OPTIMUM}
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:  # the levels on the very episodes that the curve was measured on
+        validation = contest.env.like(4096)
+        validation.reset(seed=VALIDATION_SEED)
+        objectives = {name: play(validation, policies[name])["objective_centred"].mean() for name in colours}
+        levels = {name: (level - objectives[NAMED_MAKER], colours[name]) for name, level in objectives.items()}
+        metric = "charts/gain_over_avellaneda_stoikov"
+        learning_curve(folder / "learning_curve.png", curve, metric, levels, contest.exact, f"{title}: training")
+    drawn = {"agent": AGENT, NAMED_MAKER: BASELINE, best: OPTIMUM}
+    learnt_quotes(folder / "learnt_quotes.png", contest, drawn, title)
+    quoting_episode(folder / "episode.png", contest, drawn, title)
+    pnls = {name: (played[name]["pnl"], colour) for name, colour in drawn.items()}
+    episodes = len(played["agent"]["pnl"])
+    pnl_distributions(folder / "pnl.png", pnls, f"{title}: P&L on the same {episodes:,} episodes")
+    rival_sweep(folder / "rival_sweep.png", sweep, {**drawn, STRONGEST_MAKER: colours[STRONGEST_MAKER]}, title)
+
+
+@torch.no_grad()
+def learnt_quotes(path: Path, contest: Contest, colours: Mapping[str, str], title: str) -> None:
+    """Skew against vega, half-spread against time and against implied volatility, beside the classical makers'.
+
+    Spot at its start, the book hedged, the rivals quoting without inventory; no order flow.
+    """
+    env, policies = contest.env, contest.policies
+    steps = env.num_steps
+    vega = torch.linspace(-1.0, 1.0, 81, device=env.device)
+    figure, (skews, times, volatilities) = _new(1, 3, (16, 4.8))
+    still = env.standing_still(len(vega))
+    for t, line in ((0, "-"), (steps // 2, "--"), (steps * 5 // 6, ":")):
+        observation = still.observe_at(t, vega)
+        for name, colour in colours.items():
+            label = f"{name}, {100 * (1 - t / steps):.0f} % of the time left"
+            skews.plot(vega.cpu(), policies[name](observation)[:, 1].cpu(), line, color=colour, label=label)
+    skews.set(title="skew: how quotes lean against inventory", xlabel="net vega held (currency per vol point)")
+    skews.set_ylabel("skew (vol points; positive attracts sellers)")
+    skews.axhline(0.0, color="black", linewidth=0.6)
+    model = env.env.dynamics
+    variances = model.initial_variance * torch.linspace(0.5, 2.0, 41, device=env.device, dtype=env.env.dtype) ** 2
+    moving = env.standing_still(len(variances), variances)
+    days = torch.arange(steps, device=env.device)
+    single = env.standing_still(1)
+    for name, colour in colours.items():
+        spread = [policies[name](single.observe_at(t))[0, 0].item() for t in range(steps)]
+        times.plot(days.cpu(), spread, color=colour, label=name)
+        observation = moving.observe_at(steps // 2)
+        implied = 100 * REFERENCE_VOLATILITY * observation[:, 3].exp()
+        volatilities.plot(implied.cpu(), policies[name](observation)[:, 0].cpu(), color=colour, label=name)
+    times.set(title="half-spread without inventory", xlabel="step", ylabel="half-spread (vol points)")
+    volatilities.set(title="the same at half-time", xlabel="implied volatility (%)", ylabel="half-spread (vol points)")
+    for axis in (skews, times, volatilities):
+        axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=7 if axis is skews else 9)
+    figure.suptitle(f"{title}: the learnt quotes")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+@torch.no_grad()
+def quoting_episode(path: Path, contest: Contest, colours: Mapping[str, str], title: str) -> None:
+    """One simulated episode: quotes and fills of agent and rival, their inventories, the hedge, the wealth."""
+    env = contest.env.like(1)
+    market, seat = env.env, env.seat
+    rival = (seat + 1) % market.num_makers
+    env.reset(seed=BENCHMARK_SEED)
+    steps = np.arange(env.num_steps)
+    wealth, edges, fills, vegas, net, bands = {}, [], [], [], [], []
+    for name in colours:
+        observation, _ = env.replay()
+        wealth[name] = [0.0]
+        for t in range(env.num_steps):
+            action, before = contest.policies[name](observation), market.position
+            observation, _, _, _, info = env.step(action)
+            wealth[name].append(market.wealth[0, seat].item())
+            if name == "agent":
+                edges.append(market.edges[0, [seat, rival]].cpu().numpy())
+                change = (market.position - before)[0, seat]
+                fills.append([-change.clamp(max=0).sum().item(), change.clamp(min=0).sum().item()])
+                vegas.append((market.position[0, [seat, rival]] * market.vega[t, 0]).sum(-1).cpu().numpy())
+                net.append(info["net_delta"].item())
+                centre, half_width = action[0, 2].item(), max(action[0, 3].item(), 0.0)
+                bands.append([centre - half_width, centre + half_width])
+    edges, fills, vegas, bands = (np.array(x) for x in (edges, fills, vegas, bands))
+    figure, axes = _new(2, 2, (14, 8), sharex=True)
+    (quotes, inventory), (hedge, money) = axes
+    for i, (who, colour, line) in enumerate((("agent", AGENT, "-"), ("rival", BASELINE, "--"))):
+        quotes.step(steps, edges[:, i, ASK], line, where="mid", color=colour, label=f"{who}: ask and bid")
+        quotes.step(steps, -edges[:, i, BID], line, where="mid", color=colour)
+        inventory.plot(steps, vegas[:, i], line, color=colour, label=who)
+    for side, sign, marker, label in ((ASK, 1, "^", "sold by the agent"), (BID, -1, "v", "bought by the agent")):
+        some = fills[:, side] > 0
+        level = sign * edges[some, 0, side]
+        quotes.scatter(steps[some], level, 18 * fills[some, side], marker=marker, color=AGENT, alpha=0.5, label=label)
+    quotes.axhline(0.0, color="black", linewidth=0.8)
+    quotes.set(title="quotes around the mark, and fills (area: options)", ylabel="vol points")
+    inventory.axhline(0.0, color="black", linewidth=0.8)
+    inventory.set(title="inventory", ylabel="net vega (currency per vol point)")
+    hedge.fill_between(steps, *bands.T, step="mid", color=AGENT, alpha=0.15, linewidth=0, label="no-trade band")
+    hedge.plot(steps, net, "o-", color=AGENT, markersize=3, linewidth=1, label="net delta after hedging")
+    hedge.axhline(0.0, color=BASELINE, linestyle="--", linewidth=1, label="Black–Scholes delta neutral")
+    hedge.set(title="the agent's hedge", ylabel="net delta (shares)", xlabel="step")
+    for name, colour in colours.items():
+        money.plot(np.arange(env.num_steps + 1), wealth[name], color=colour, label=f"{name}: {wealth[name][-1]:.2f}")
+    money.set(title="wealth of each in the same seat, with the same takers", ylabel="currency", xlabel="step")
+    for axis in axes.flat:
+        axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=8)
+    figure.suptitle(f"{title}: one episode")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def rival_sweep(path: Path, sweep: Mapping, colours: Mapping[str, str], title: str) -> None:
+    """Objective against other rivals than the one of training: `sweep` as `benchmark.rival_sweep` returns it."""
+    figure, panels = _new(1, 2, (13, 4.8), sharey=True)
+    for axis, (what, rows) in zip(panels, sweep.items(), strict=True):
+        for name, colour in colours.items():
+            if name not in next(iter(rows.values())):
+                continue  # it was made for one rival
+            line = "o-" if name == "agent" else "s--"
+            axis.plot(list(rows), [row[name] for row in rows.values()], line, color=colour, label=name, markersize=4)
+        axis.axvline(1.0, color="black", linestyle=":", linewidth=0.8, label="the rival it was trained against")
+        axis.set(xscale="log", xlabel=f"rival's {what}, as a multiple", ylabel="objective (currency)")
+        axis.set_xticks(list(rows), [f"{x:g}" for x in rows], minor=False)
+        axis.minorticks_off()
+    panels[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(f"{title}: against other rivals")
+    figure.tight_layout()
+    _save(figure, path)

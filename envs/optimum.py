@@ -256,7 +256,8 @@ def best_response(rivals: Tensor, k: float, reference_edge: float, marginal_cost
     Returns:
         The edge (…), vol points.
     """
-    others = -k * (torch.cat((rivals, torch.full_like(rivals[..., :1], reference_edge)), -1) - reference_edge)
+    walking_away = rivals.new_full((*rivals.shape[:-1], 1), reference_edge)
+    others = -k * (torch.cat((rivals, walking_away), -1) - reference_edge)
     log_z = -1.0 - k * (marginal_cost - reference_edge) - others.logsumexp(-1)
     tiny = torch.finfo(rivals.dtype).tiny
     w = torch.nn.functional.softplus(log_z).clamp(min=tiny)
@@ -296,21 +297,25 @@ class OptimalQuotes:
 
 
 @torch.no_grad()
-def optimal_quotes(env: AgainstRivals, fill_cost: float = 0.0, band: float = 0.0, risk_aversion: float | None = None) -> OptimalQuotes:
+def optimal_quotes(
+    env: AgainstRivals, risk_aversion: float | None = None, fill_cost: float = 0.0, band: float = 0.0
+) -> OptimalQuotes:
     """Inventory dynamic programming of a maker under gbm (Guéant, Lehalle & Fernandez-Tapia 2013, with logit demand).
 
     With one expiry and constant volatility the risks of all options are proportional: a hedged book of vega x (currency
     per vol point) has the gamma 100x/(S²στ), and E[ΔW²] = ½(100xσ dt/τ)² in a step. So the state is (t, x), and
 
-        V_t(x) = U_t(x) + Σ_sides max_d λ P(d) Σ_j [ν_j (d − h) + U_t(x ∓ ν_j) − U_t(x)],
-        U_t(x) = −½ · risk_aversion · ½(100xσ dt/τ)² + V_{t+1}(x ν_{t+1}/ν_t),
+        V_t(x) = U_t(x) + Σ_sides max_d λ P(d) Σ_j [ν_j (d − c₀) + U_t(x ∓ ν_j) − U_t(x)],
+        U_t(x) = −½ a ½(100xσ dt/τ)² + V_{t+1}(x ν_{t+1}/ν_t),
 
-    with ν_j the vegas at the initial spot, h what hedging a fill costs, and the rivals quoting as if they held nothing.
-    The maximum is `best_response`. What the model leaves out (the spot's moves, the order flow's persistence, rivals'
-    inventories, several fills at once) makes it an approximation: its value is predicted, its policy is what counts.
+    with ν_j the vegas at the initial spot. The maximum is `best_response`; each step is cut into several, so that fewer
+    than one fill is expected in each. Without risk aversion and costs this is the best response, exact. Otherwise what
+    the model leaves out (the spot's moves turn a book without vega into one with it, hedging costs, order flow
+    persists, rivals have inventories) makes it an approximation, whose two parameters can be tuned for it.
 
     Args:
-        hedging_share: how much of a fill's delta is traded in the end, as a share; the rest is netted.
+        risk_aversion: a, by default the market's.
+        fill_cost: c₀, what a fill costs beside, vol points.
         band: half-width of the no-trade band, shares.
 
     Raises:
@@ -325,16 +330,11 @@ def optimal_quotes(env: AgainstRivals, fill_cost: float = 0.0, band: float = 0.0
     greeks = black_scholes.greeks(spot, strike, time_to_expiry[:, None], sigma)
     vega = VOL_POINT * greeks.vega  # (num_steps + 1, J)
     risk_aversion = market.risk_aversion if risk_aversion is None else risk_aversion
-    # What the rivals quote while the spot stands still and they hold nothing
-    still = market.like(1)
-    flat = torch.full((1, market.num_steps + 1), market.initial_spot).to(still.strike)
-    marks = torch.full((1, market.num_steps, market.num_options, 2, 1), 2.0).to(still.strike)
-    still.set_market(flat, torch.full_like(flat, sigma**2), torch.ones_like(marks[:, :, 0, :, 0]), marks)
-    still.replay()
+    still = env.standing_still(1)  # the rivals quote as if they held nothing
     quoted = []
-    for still.t in range(market.num_steps):
-        actions = torch.stack([policy(still.observe()[:, 0])[0] for policy in env.rivals])
-        quoted.append(torch.stack((actions[:, 0] + actions[:, 1], actions[:, 0] - actions[:, 1])))
+    for t in range(market.num_steps):
+        still.observe_at(t)
+        quoted.append(still.env.edges[0, still.env.rivals[env.seat]].T)
     quoted = torch.stack(quoted).cpu().double()  # (num_steps, 2, rivals)
 
     x = torch.linspace(-60, 60, 1201, dtype=torch.float64) * vega[0].mean()

@@ -214,8 +214,10 @@ class QuotingEnv(VectorEnv):
         flow = self._autoregression(of_flow)
         intensity = self.arrival_rate * torch.stack((1.0 + flow, 1.0 - flow), -1)  # (n, steps, 2)
         # A Poisson process of this intensity on the line of marks: sums of exponentials. Those beyond 1 do not arrive.
-        gaps = -torch.log(normal_cdf(of_takers).clamp(min=torch.finfo(self.dtype).tiny))
-        marks = gaps.view(n, steps, self.num_options, 2, self.max_takers).cumsum(-1) / intensity[:, :, None, :, None]
+        # (In place: there are thousands an episode.)
+        gaps = normal_cdf(of_takers).clamp_(min=torch.finfo(self.dtype).tiny).log_().neg_()
+        marks = gaps.view(n, steps, 2, self.num_options, self.max_takers).cumsum(-1)
+        marks.div_(intensity[..., None, None])
         self.set_market(spot, variance, intensity, marks)
         return self.replay()
 
@@ -237,11 +239,11 @@ class QuotingEnv(VectorEnv):
         Args:
             spot, variance: (n, num_steps + 1).
             intensity: (n, num_steps, 2) mean number of takers who buy and who sell, on each option.
-            marks: (n, num_steps, num_options, 2, max_takers) of the takers, increasing; beyond 1: none.
+            marks: (n, num_steps, 2, num_options, max_takers) of the takers, increasing; beyond 1: none.
         """
         dt, steps_left = self.dynamics.dt, self.steps_left[:, None]
         self.spot, self.variance = spot.T.contiguous(), variance.T.clamp(min=MIN_VARIANCE).contiguous()
-        self.intensity, self.marks = intensity.transpose(0, 1), marks.transpose(0, 1)
+        self.intensity, self.marks = intensity.transpose(0, 1), marks.transpose(0, 1).contiguous()
         self.volatility = self.dynamics.expected_average_variance(self.variance, steps_left).sqrt()
         time_to_expiry = steps_left * dt
         self.mark, self.delta, gamma, vega = black_scholes.greeks(
@@ -312,14 +314,14 @@ class QuotingEnv(VectorEnv):
         return torch.cat((utility, torch.zeros_like(utility[:, :1])), 1).softmax(1)[:, :-1]
 
     def _fills(self, edges: Tensor, probabilities: Tensor) -> Tensor:
-        """Number of takers who trade with each maker, (n, num_makers, num_options, 2)."""
+        """Number of takers who trade with each maker, (n, num_makers, 2, num_options)."""
         order = edges.argsort(
             dim=1, stable=True
         )  # the best price has the first interval of marks, the next the second, …
-        bounds = probabilities.gather(1, order).cumsum(1)[:, :, None, :, None]
+        bounds = probabilities.gather(1, order).cumsum(1)[..., None, None]
         below = (self.marks[self.t][:, None] < bounds).sum(-1, dtype=self.dtype)
         served = below.diff(dim=1, prepend=torch.zeros_like(below[:, :1]))
-        return torch.zeros_like(served).scatter(1, order[:, :, None].expand_as(served), served)
+        return torch.zeros_like(served).scatter(1, order[..., None].expand_as(served), served)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """Quotes, fills, hedges, then moves the market.
@@ -343,9 +345,9 @@ class QuotingEnv(VectorEnv):
         self.edges = edges = torch.stack((half_spread + skew, half_spread - skew), -1)
         probabilities = self.choice_probabilities(edges)
         fills = self._fills(edges, probabilities)
-        income = ((fills * self.vega[t][:, None, :, None]).sum(2) * edges).sum(-1)
+        income = ((fills * self.vega[t][:, None, None]).sum(-1) * edges).sum(-1)
         expected_income = (probabilities * self.intensity[t][:, None] * edges).sum(-1) * self.total_vega[t][:, None]
-        bought = fills[..., BID] - fills[..., ASK]
+        bought = fills[:, :, BID] - fills[:, :, ASK]
         self.position = position = position + bought
         cash = self.cash + income - (bought * self.mark[t][:, None]).sum(-1)
 
@@ -360,7 +362,7 @@ class QuotingEnv(VectorEnv):
         vega = (position * self.vega[t][:, None]).sum(-1)
         noise = income - expected_income + self._surprise(net_delta, vega, position, move)
         trades = fills.sum(1)  # of all makers
-        imbalance = (trades[..., ASK] - trades[..., BID]).sum(-1) / (2.0 * self.num_options * self.arrival_rate)
+        imbalance = (trades[:, ASK] - trades[:, BID]).sum(-1) / (2.0 * self.num_options * self.arrival_rate)
         self.flow = self.flow_persistence * self.flow + (1.0 - self.flow_persistence) * imbalance
         cash = cash - traded * spot - cost
         self.t = t + 1
@@ -471,6 +473,36 @@ class AgainstRivals(VectorEnv):
     def like(self, num_envs: int) -> "AgainstRivals":
         """The same market with another number of rows."""
         return AgainstRivals(self.env.like(num_envs), self.rivals, self.seat)
+
+    def standing_still(self, num_envs: int, variance: Tensor | float | None = None) -> "AgainstRivals":
+        """A market to look at policies in: the spot does not move, no taker comes, the variance (n,) stays."""
+        still = self.like(num_envs)
+        market, steps = still.env, self.num_steps
+        tensor = {"device": self.device, "dtype": market.dtype}
+        variance = torch.as_tensor(market.dynamics.initial_variance if variance is None else variance, **tensor)
+        intensity = torch.full((num_envs, steps, 2), market.arrival_rate, **tensor)
+        nobody = torch.full((num_envs, steps, 2, market.num_options, 1), 2.0, **tensor)
+        spot = torch.full((num_envs, steps + 1), market.initial_spot, **tensor)
+        market.set_market(spot, variance.expand(num_envs)[:, None].expand_as(spot), intensity, nobody)
+        still.replay()
+        return still
+
+    def observe_at(self, t: int, vega: Tensor | float = 0.0) -> Tensor:
+        """What the seat sees (n, size) at step t of the current market, holding `vega` (currency per vol point) in the
+        middle option, hedged, after the rivals have quoted without inventory."""
+        market = self.env
+        market.replay()
+        market.t = t
+        for i, policy in enumerate(self.rivals):
+            seat = (self.seat + 1 + i) % market.num_makers
+            half_spread, skew, *_ = policy(market.observe()[:, seat]).unbind(-1)
+            market.edges[:, seat] = torch.stack((half_spread + skew, half_spread - skew), -1)
+        middle = market.num_options // 2
+        held = vega / market.vega[t, :, middle]
+        market.position, market.holding = market.position.clone(), market.holding.clone()
+        market.position[:, self.seat, middle] = held
+        market.holding[:, self.seat] = -held * market.delta[t, :, middle]
+        return market.observe()[:, self.seat]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
         """As `QuotingEnv.reset`, from the seat."""

@@ -131,9 +131,13 @@ def check_finite(values: dict[str, float], step: int, folder: Path) -> None:
     """Raises `DivergenceError`, naming quantity, step and last good checkpoint, if a value is NaN or infinite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            checkpoint = folder / "checkpoint.pt"
-            good = f"last good: {checkpoint}" if checkpoint.exists() else "no checkpoint was kept (--no-save-model)"
-            raise DivergenceError(f"{name} is {value} by step {step}; {good}")
+            raise DivergenceError(f"{name} is {value} by step {step}; {last_good(folder)}")
+
+
+def last_good(folder: Path) -> str:
+    """What is left of a run that has diverged, for its message."""
+    checkpoint = folder / "checkpoint.pt"
+    return f"last good: {checkpoint}" if checkpoint.exists() else "no checkpoint was kept (--no-save-model)"
 
 
 def run(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ import torch
 
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
-from envs import HedgingEnv, dynamics, hedging
+import phase3_spread_vs_bs as phase3
+from envs import HedgingEnv, dynamics, hedging, makers
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -35,28 +36,49 @@ def book_env(num_envs: int, model=None, **settings) -> HedgingEnv:
     return HedgingEnv(num_envs, model, **{"options": options, "initial_position": 0.0, **orders, **settings})
 
 
+HEDGERS = {"agent", "Black–Scholes delta", "Leland", "Whalley–Wilmott, tuned", "constant band, tuned"}
+MAKERS = {
+    "agent",
+    "Avellaneda–Stoikov, tuned",
+    "constant spread, tuned",
+    "GLFT, tuned",
+    "GLFT, min-variance band, tuned",
+}
+
+
 class Phase(NamedTuple):
-    """A phase and the smallest run of it: 12 iterations of `num_envs` × 30 steps, 4 evaluations."""
+    """A phase and the smallest run of it: 12 iterations of `num_envs` episodes of `num_steps`, 4 evaluations."""
 
     module: ModuleType
     num_envs: int
     small: dict  # flags beside it
     figures: tuple[str, ...]
+    named: set[str] = HEDGERS  # contestants that are always in the table
+    num_steps: int = 30
 
     @property
     def script(self) -> str:
         return f"{self.module.__name__}.py"
 
+    def _settings(self, iterations: int, changes: dict) -> dict:
+        fields = {"num_envs": self.num_envs, "num_steps": self.num_steps, "num_evaluations": 4, "eval_episodes": 512}
+        return {**fields, "total_timesteps": self.num_envs * self.num_steps * iterations, **self.small, **changes}
+
     def flags(self, iterations: int = 12, **changes) -> list[str]:
         """Command-line flags of the smallest run."""
-        flags = {"num_envs": self.num_envs, "total_timesteps": self.num_envs * 30 * iterations, "num_evaluations": 4}
-        flags |= {"eval_episodes": 512, **self.small, **changes}
-        return [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        fields = self._settings(iterations, changes)
+        return [text for name, value in fields.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
     def args(self, iterations: int = 12, **changes):
         """The same as the phase's Args."""
-        flags = {"num_envs": self.num_envs, "total_timesteps": self.num_envs * 30 * iterations, "num_evaluations": 4}
-        return self.module.Args(**{**flags, "eval_episodes": 512, **self.small, **changes})
+        return self.module.Args(**self._settings(iterations, changes))
+
+    def train(self, args, folder: Path, device: str = "cpu"):
+        """Trains in gbm: (agent, steps)."""
+        market, device = dynamics.GBM(), torch.device(device)
+        if self.module is phase3:
+            market = makers.classical_makers(phase3.make_market(args, market, args.tuning_episodes, device))
+        return self.module.train(args, market, folder, device, None, None)
 
 
 SAC_SMALL = {
@@ -67,9 +89,11 @@ SAC_SMALL = {
     "utd": 0.01,
     "average": 0.05,
 }
+QUOTING_FIGURES = ("learning_curve.png", "learnt_quotes.png", "episode.png", "pnl.png", "rival_sweep.png")
 PHASES = {
     "phase1": Phase(phase1, 64, {}, ("learning_curve.png", "no_trade_bands.png", "pnl.png")),
     "phase2": Phase(phase2, 32, SAC_SMALL, ("learning_curve.png", "no_trade_bands.png", "pnl.png", "book_episode.png")),
+    "phase3": Phase(phase3, 64, {"tuning_episodes": 64}, (*QUOTING_FIGURES, "rival_sweep.json"), MAKERS, num_steps=6),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
+import phase3_spread_vs_bs as phase3
 from envs import dynamics, runs
 
 
@@ -106,6 +107,53 @@ def test_flags_of_phase2(capsys, tmp_path, monkeypatch, flags, message):
     assert message in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dynamics", "levy"], "--dynamics is 'levy' (one of gbm, garch, heston, merton"),
+        (["--dynamics", "historical"], "historical with --evaluate"),
+        (["--choice-sensitivity", 0], "--choice-sensitivity is 0.0 (more than 0"),
+        (["--choice-sensitivity", -2], "--choice-sensitivity is -2.0"),
+        (["--choice-sensitivity", "nan"], "--choice-sensitivity is nan"),
+        (["--arrival-rate", 0], "--arrival-rate is 0.0 (more than 0, at most 20)"),
+        (["--flow-sd", -1], "--flow-sd is -1.0"),
+        (["--num-makers", 1], "--num-makers is 1 (at least 2, at most 16)"),
+        (["--num-makers", 2.5], "--num-makers"),
+        (["--cost-rate", -1e-3], "--cost-rate is -0.001 (at least 0"),
+        (["--risk-aversion", -1], "--risk-aversion is -1.0"),
+        (["--mean-reversion", 0], "--mean-reversion is 0.0"),
+        (["--vol-of-vol", -0.5], "--vol-of-vol is -0.5"),
+        (["--correlation", 1.5], "--correlation is 1.5 (at least -1, at most 1)"),
+        (["--vol-of-vol", 4], "--vol-of-vol is 4.0 (at least 0.001, at most 3)"),
+        (["--volatility", 0], "--volatility is 0.0"),
+        (["--rival-spread", 0], "--rival-spread is 0.0"),
+        (["--rival-risk-aversion", -1], "--rival-risk-aversion is -1.0"),
+        (["--tuning-episodes", 1], "--tuning-episodes is 1"),
+        (["--num-envs", 10_000_000], "--num-envs is 10000000"),
+        (["--num-envs", 1_000_000, "--num-steps", 2400, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
+        (["--num-minibatches", 7], "--num-minibatches is 7 (must divide num_envs × num_steps"),
+        (["--total-timesteps", 100], "--total-timesteps is 100 (at least"),
+        (["--gae-lambda", 2], "--gae-lambda is 2.0"),
+        (["--seed", 1_000_000], "--seed is 1000000"),
+        (["--history-end", "2010-12-31"], "need --dynamics garch"),
+        (["--evaluate", "absent.pt"], "absent.pt: no such checkpoint"),
+    ],
+)
+def test_flags_of_phase3(capsys, tmp_path, monkeypatch, flags, message):
+    assert message in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase3)
+
+
+def test_a_market_of_another_size_than_the_maker_knows(capsys, tmp_path, monkeypatch):
+    args = phase3.Args()
+    market = phase3.make_market(args, phase3.make_dynamics(args), 1, torch.device("cpu"))
+    agent = phase3.Agent(market)
+    content = {"phase": "phase3", "args": vars(args), "agent": agent.state_dict(), "iteration": 0}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    for flags in (["--num-makers", 3], ["--privileged"]):
+        flags = ("--evaluate", tmp_path, *flags)
+        assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase3)
+
+
 def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypatch):
     args = phase2.Args()
     env = phase2.make_env(args, dynamics.GBM(), 1, torch.device("cpu"))
@@ -127,7 +175,7 @@ def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cudagraphs_without_a_gpu(capsys, tmp_path, monkeypatch):
-    for phase in (phase1, phase2):
+    for phase in (phase1, phase2, phase3):
         assert "--cudagraphs needs a GPU" in fails(capsys, tmp_path, monkeypatch, "--cudagraphs", phase=phase)
 
 

@@ -226,3 +226,38 @@ def test_bad_history(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         dynamics.load_closes(str(path))
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gbm", "garch", "heston", "merton"])
+def test_moments_of_the_next_variance(name):
+    model = MODELS[name]
+    variance = torch.full((400_000,), 1.3 * model.initial_variance, dtype=torch.float64)
+    noise = torch.randn(400_000, model.noise_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, after = model.step(variance, noise)
+    mean, spread = model.next_variance_moments(variance)
+    assert after.mean().item() == pytest.approx(mean[0].item(), abs=5 * after.std().item() / 400_000**0.5 + 1e-12)
+    assert after.var().item() == pytest.approx(spread[0].item(), rel=0.03, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vol_of_vol": 0.0}, "vol_of_vol is 0.0"),
+        ({"mean_reversion": -1.0}, "mean_reversion is -1.0"),
+        ({"initial_variance": float("nan")}, "initial_variance is nan"),
+        ({"correlation": 1.2}, "correlation is 1.2"),
+        ({"vol_of_vol": 30.0, "correlation": 0.9, "dt": 1 / 12}, "too much for steps of 0.0833 years"),
+    ],
+)
+def test_heston_parameters_that_the_scheme_cannot_take(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dynamics.Heston(**settings)
+
+
+def test_heston_takes_what_violates_feller():
+    model = dynamics.Heston(vol_of_vol=3.0, correlation=0.9, dt=1 / 504)
+    noise = torch.randn(100_000, 60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    spot, variance = model.simulate(noise)
+    assert spot.isfinite().all()
+    assert (variance >= 0).all()
+    assert abs(spot[:, -1].mean() - 100) < 4 * spot[:, -1].std() / 100_000**0.5

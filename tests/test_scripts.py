@@ -14,9 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from envs import dynamics, runs
-
-CPU = torch.device("cpu")
+from envs import runs
 
 
 def run_folder(tmp_path, pattern="*") -> Path:
@@ -41,11 +39,10 @@ def test_smoke(main, tmp_path, phase, name, capsys):
     assert {path.name for path in folder.iterdir()} == files | set(phase.figures)
     content = json.loads((folder / "benchmark.json").read_text())
     assert content["passed"] == passed
-    named = {"agent", "Black–Scholes delta", "Leland", "Whalley–Wilmott, tuned", "constant band, tuned"}
-    assert named <= set(content["rows"])
+    assert phase.named <= set(content["rows"])
     assert ("exact optimum" in content["rows"]) == (phase.module.PHASE == "phase1" and name in ("gbm", "garch"))
     rows = runs.read_metrics(folder / "metrics.csv")
-    assert [row["global_step"] for row in rows] == [phase.num_envs * 30 * i for i in (0, 3, 6, 9, 12)]
+    assert [row["global_step"] for row in rows] == [phase.num_envs * phase.num_steps * i for i in (0, 3, 6, 9, 12)]
 
 
 def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path, phase):
@@ -94,7 +91,8 @@ def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path,
     # resuming a finished run repeats its benchmark; another value of a flag would not be the same run
     result = script(phase.script, "--resume", two, "--learning-rate", 0.1)
     assert result.returncode == 2
-    assert result.stderr == "error: --learning-rate is 0.1, but the run to resume has 0.001\n"
+    had = phase.module.Args().learning_rate
+    assert result.stderr == f"error: --learning-rate is 0.1, but the run to resume has {had}\n"
     # a run that was killed before its first checkpoint starts again
     unborn = tmp_path / "unborn"
     unborn.mkdir()
@@ -107,7 +105,7 @@ def test_seeds_differ(tmp_path, phase):
     weights = []
     for seed in (0, 1):
         args = phase.args(iterations=6, seed=seed, num_evaluations=1, save_model=False)
-        agent, _steps = phase.module.train(args, dynamics.GBM(), tmp_path, CPU, None, None)
+        agent, _steps = phase.train(args, tmp_path)
         weights.append(torch.cat([p.flatten() for p in agent.parameters()]))
     assert not torch.equal(*weights)
 
@@ -128,10 +126,12 @@ def test_evaluate_on_the_real_sp500(main, tmp_path, phase):
     main("--evaluate", run_folder(tmp_path), "--dynamics", "historical")
     folder = run_folder(tmp_path, "*evaluate*")
     content = json.loads((folder / "benchmark.json").read_text())
-    assert content["settings"]["windows"] == "all of 30 days, 2011-01-03 to 2018-12-31, returns demeaned"
-    assert content["settings"]["episodes"] == 2012 - 29
+    assert (
+        content["settings"]["windows"] == f"all of {phase.num_steps} days, 2011-01-03 to 2018-12-31, returns demeaned"
+    )
+    assert content["settings"]["episodes"] == 2013 - phase.num_steps
     separate = json.loads((folder / "benchmark_non_overlapping.json").read_text())
-    assert separate["settings"]["episodes"] == -(-(2012 - 29) // 30)
+    assert separate["settings"]["episodes"] == -(-(2013 - phase.num_steps) // phase.num_steps)
     assert ("optimum of the fitted model" in content["rows"]) == (phase.module.PHASE == "phase1")
 
 
@@ -175,12 +175,12 @@ def test_help_reads_like_documentation(script, phase):
 
 
 def test_compile_gives_the_same_results(tmp_path, phase):
-    few = {"num_minibatches": 2} if phase.module.PHASE == "phase1" else {"utd": 0.005}
+    few = {"utd": 0.005} if phase.module.PHASE == "phase2" else {"num_minibatches": 2}
     args = phase.args(iterations=5, num_evaluations=1, save_model=False, **few)
     weights = []
     for compiled in (False, True):
         args.compile = compiled
-        agent, _steps = phase.module.train(args, dynamics.GBM(), tmp_path, CPU, None, None)
+        agent, _steps = phase.train(args, tmp_path)
         weights.append(torch.cat([p.flatten() for p in agent.parameters()]).detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
@@ -192,7 +192,7 @@ def test_cuda_graphs_give_the_same_results(tmp_path, phase):
     weights = []
     for captured in (False, True):
         args.cudagraphs = captured
-        agent, _steps = phase.module.train(args, dynamics.GBM(), tmp_path, torch.device("cuda"), None, None)
+        agent, _steps = phase.train(args, tmp_path, "cuda")
         weights.append(torch.cat([p.flatten() for p in agent.parameters()]).detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
@@ -201,14 +201,14 @@ def test_divergence_stops_the_run_and_names_the_last_checkpoint(script, tmp_path
     result = script(phase.script, *phase.flags(learning_rate=1e30))
     assert result.returncode == 3
     (line,) = [line.split("error: ")[1] for line in result.stderr.splitlines() if "error: " in line]
-    assert " by step " in line
+    assert "by step " in line
     assert "checkpoint.pt" in line
     checkpoint = runs.load_checkpoint(run_folder(tmp_path), phase.module.PHASE)
     assert all(value.isfinite().all() for value in checkpoint["agent"].values())
 
 
 def test_interrupt_has_its_own_exit_code(tmp_path, phase):
-    command = [sys.executable, str(ROOT / phase.script)]
+    command = [sys.executable, str(ROOT / phase.script), *phase.flags(iterations=100_000)]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ}
     )

@@ -1,0 +1,214 @@
+"""What is particular to phase 3; what all phases share is in test_scripts.py."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import PHASES
+
+import phase3_spread_vs_bs as phase3
+from envs import AgainstRivals, baselines, benchmark, dynamics, figures, makers, runs
+
+CPU = torch.device("cpu")
+PHASE = PHASES["phase3"]
+
+
+def make(num_envs=64, model=None, **changes):
+    """Flags, a market against one Avellaneda–Stoikov maker, and an agent that has seen the classical one."""
+    args = PHASE.args(**changes)
+    market = phase3.make_market(args, model or phase3.make_dynamics(args), num_envs, CPU)
+    rival = baselines.avellaneda_stoikov(market, 0.25, 0.8)
+    env = AgainstRivals(market, [rival] * (args.num_makers - 1))
+    classic = baselines.minimum_variance_band(market, baselines.glft(market, 1.2, 0.8), 0.15)
+    agent = phase3.Agent(market)
+    agent.fit(env.like(256), classic)
+    return args, env, agent, classic
+
+
+def test_training_starts_from_the_classical_maker():
+    _, env, agent, classic = make(2048, num_steps=60)
+    half_spread, skew, target, band = agent.linear_maker.tolist()
+    assert 0.5 < half_spread < 3
+    assert skew < 0 < target  # sell what is held; a long vega gains when the market falls, so hold shares against it
+    assert band == pytest.approx(0.15)
+    env.reset(seed=1)
+    linear, known = (benchmark.play(env, policy)["objective_centred"].mean() for policy in (agent.policy, classic))
+    named = benchmark.play(env, env.rivals[0])["objective_centred"].mean()
+    assert linear > named + 0.8 * (known - named)
+
+
+def test_actions_reach_the_classical_makers():
+    _, env, agent, classic = make(512, num_steps=60)
+    half_spread, skew, target, band = agent.linear_maker
+    for policy in (classic, env.rivals[0]):
+        observation, _ = env.reset(seed=1)
+        reached = []
+        for _ in range(env.num_steps):
+            action = policy(observation)
+            vega = observation[:, 4]
+            raw = torch.stack((
+                (action[:, 0] / half_spread).log() / 0.6, (action[:, 1] - skew * vega) / (0.5 * half_spread),
+                (action[:, 2] - target * vega) / 0.4, (action[:, 3] / band).clamp(min=1e-2).log(),
+            ), -1)  # fmt: skip
+            reached.append((raw.abs() <= 5).all(-1))
+            torch.testing.assert_close(agent.to_quote(observation, raw)[reached[-1], :3], action[reached[-1], :3])
+            observation, *_ = env.step(action)
+        assert torch.cat(reached).double().mean() > 0.99
+
+
+def test_quotes_never_cross_whatever_the_network_says():
+    _, env, agent, _ = make()
+    observation, _ = env.reset(seed=0)
+    for raw in (torch.full((64, 4), 1e9), torch.full((64, 4), -1e9)):
+        action = agent.to_quote(observation, raw)
+        assert action.isfinite().all()
+        assert (action[:, 0] > 0).all()
+        env.step(action)
+
+
+def test_learns_from_the_reward_less_its_noise():
+    args, env, agent, _ = make(32)
+    env.generator.manual_seed(5)
+    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    env.generator.manual_seed(5)
+    observation, _ = env.reset()
+    noise = torch.Generator().manual_seed(0)
+    rewards, raws = [], []
+    for _ in range(env.num_steps):
+        action, _, _ = agent.act(agent.normalise(observation), torch.randn(32, 4, generator=noise))
+        observation, reward, _, _, info = env.step(agent.to_quote(observation, action))
+        rewards.append(args.reward_scale * (reward - info["noise"]))
+        raws.append(reward)
+    # with λ = 1 the return of the first step is the sum of all rewards
+    args.gae_lambda = 1.0
+    env.generator.manual_seed(5)
+    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(batch.returns[:32], torch.stack(rewards).sum(0), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(torch.stack(raws).sum(0) * args.reward_scale, torch.stack(rewards).sum(0))
+
+
+def test_logprob_is_gaussian():
+    _, env, agent, _ = make()
+    observation, _ = env.reset(seed=0)
+    observation, noise = agent.normalise(observation), torch.randn(64, 4)
+    action, logprob, value = agent.act(observation, noise)
+    normal = torch.distributions.Normal(agent.actor_mean(observation), agent.actor_logstd.exp())
+    torch.testing.assert_close(logprob, normal.log_prob(action).sum(-1), rtol=1e-4, atol=1e-4)
+    again, entropy, same = agent.evaluate(observation, action)
+    torch.testing.assert_close(again, logprob, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy, normal.entropy().sum(-1)[0])
+    torch.testing.assert_close(same, value)
+
+
+def test_training_beats_the_named_baseline(tmp_path):
+    args = phase3.Args(total_timesteps=300_000, num_envs=128, num_evaluations=2, save_model=False)
+    market = phase3.make_market(args, phase3.make_dynamics(args), 64, CPU)
+    phase3.train(args, makers.classical_makers(market), tmp_path, CPU, None, None)
+    curve = [row["charts/gain_over_avellaneda_stoikov"] for row in runs.read_metrics(tmp_path / "metrics.csv")]
+    assert curve[-1] > curve[0] + 0.05
+    assert curve[-1] > 0.3 * 4.9  # 30 % of the baseline's objective
+
+
+def test_risk_neutral_benchmark_has_the_exact_best_response(script, tmp_path):
+    result = script(PHASE.script, *PHASE.flags(dynamics="gbm", risk_aversion=0, cost_rate=0))
+    assert result.returncode in (0, 1), result.stderr
+    (folder,) = tmp_path.glob("runs/*")
+    content = json.loads((folder / "benchmark.json").read_text())
+    assert makers.BEST_RESPONSE in content["rows"]
+    criteria = {criterion["name"] for criterion in content["criteria"]}
+    assert criteria == {
+        "edge within 3 % of the best response", "within 0.03 of best response (exact)", "has 8,192 episodes or more",
+    }  # fmt: skip
+
+
+def test_three_makers_and_privileged_observation(script, tmp_path):
+    result = script(PHASE.script, *PHASE.flags(num_makers=3), "--privileged")
+    assert result.returncode in (0, 1), result.stderr
+    (folder,) = tmp_path.glob("runs/*")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
+    assert len(state["observation_mean"]) == 8 + 4 + 5 + 12
+    share = json.loads((folder / "benchmark.json").read_text())["rows"]["agent"]["market_share"]
+    assert 0.05 < share < 0.8
+
+
+def test_against_another_rival(script, tmp_path):
+    assert script(PHASE.script, *PHASE.flags()).returncode in (0, 1)
+    (trained,) = tmp_path.glob("runs/*")
+    known = json.loads((trained / "benchmark.json").read_text())["settings"]["rival: parameters"]
+    result = script(PHASE.script, "--evaluate", trained, "--rival-spread", 0.7, "--rival-risk-aversion", 2)
+    assert result.returncode in (0, 1), result.stderr
+    (folder,) = tmp_path.glob("runs/*evaluate*")
+    rival = json.loads((folder / "benchmark.json").read_text())["settings"]["rival: parameters"]
+    assert rival == [2 * known[0], known[1], 0.7]
+    sweep = json.loads((trained / "rival_sweep.json").read_text())
+    assert set(sweep) == {"half-spread", "risk aversion"}
+    assert list(sweep["half-spread"]) == [str(x) for x in makers.SPREADS]
+
+
+def test_verdict():
+    """Every criterion can fail, and says so."""
+    _, env, _, classic = make(512, num_steps=6)
+    named = baselines.avellaneda_stoikov(env.env, 0.25, 0.8)
+    policies = {makers.NAMED_MAKER: named, makers.STRONGEST_MAKER: classic}
+    parameters = {makers.NAMED_MAKER: (0.25, 0.8), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
+    classics = makers.Makers(env, policies, {**parameters, makers.RIVAL: (0.25, 0.8, 1.0)}, "made up")
+    contest = makers.quoting_contest(classics, named, 512)
+    result = makers.judge_quoting("title", {}, contest, default_market=True)
+    failed = {criterion.name for criterion in result.criteria if not criterion.passed}
+    assert failed == {
+        f"beats {makers.NAMED_MAKER}", f"beats {makers.STRONGEST_MAKER}", f"objective 30 % above {makers.NAMED_MAKER}",
+        f"mean P&L 12 % above {makers.NAMED_MAKER}", f"0.2 above {makers.STRONGEST_MAKER}",
+        "has 8,192 episodes or more",
+    }  # fmt: skip
+    assert not result.passed
+    assert result.advantages[makers.NAMED_MAKER].mean == 0
+    assert f"objective above {makers.NAMED_MAKER}: 0.00 %" in result.verdict()
+    row = result.rows["agent"]
+    assert row["market_share"] == pytest.approx(0.5, abs=0.03)
+    assert row["delta_share"] == pytest.approx(row["net_delta"] / row["gross_delta"])
+    assert "market share" in result.table()
+
+
+def test_relative_gain():
+    rng = np.random.default_rng(0)
+    baseline = rng.normal(2.0, 1.0, 4000)
+    gain = benchmark.relative_gain(1.5 * baseline, baseline)
+    assert gain.mean == pytest.approx(0.5)
+    assert gain.se == pytest.approx(0.0, abs=1e-12)
+    shares = []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(2.0, 1.0, 400)
+        shares.append(benchmark.relative_gain(x + rng.normal(0.4, 0.5, 400), x))
+    covered = np.mean([share.low < 0.2 < share.high for share in shares])
+    assert 0.9 < covered < 0.99
+
+
+@pytest.mark.parametrize("name", ["heston", "gbm", "garch", "merton"])
+def test_recorded_parameters_are_those_of_the_default_market(name):
+    args = phase3.Args(dynamics=name)
+    model = phase3.make_dynamics(args)
+    classics = makers.classical_makers(phase3.make_market(args, model, 512, CPU))
+    assert classics.origin.startswith("recorded")
+    assert (makers.INVENTORY_DP in classics.policies) == (name == "gbm")
+    # and they are good: no neighbour on the grid is significantly better on other episodes
+    env = classics.env
+    env.reset(seed=77)
+    a, k = classics.parameters[makers.NAMED_MAKER]
+    best = benchmark.play(env, classics.policies[makers.NAMED_MAKER])["objective_centred"]
+    for x, y in ((1.3, 1), (1 / 1.3, 1), (1, 1.3), (1, 1 / 1.3)):
+        other = benchmark.play(env, baselines.avellaneda_stoikov(env.env, x * a, y * k))["objective_centred"]
+        gain = benchmark.estimate(other - best)
+        assert gain.mean < 3 * gain.se, (x, y)
+
+
+def test_figures_of_a_contest_without_training(tmp_path):
+    _, env, agent, classic = make(64, dynamics.GBM(0.2, 1 / 504))
+    policies = {makers.NAMED_MAKER: env.rivals[0], makers.GLFT: classic, makers.STRONGEST_MAKER: classic}
+    parameters = dict.fromkeys(policies, (0.25, 0.8)) | {makers.RIVAL: (0.25, 0.8, 1.0)}
+    contest = makers.quoting_contest(makers.Makers(env, policies, parameters, "made up"), agent.policy, 64)
+    sweep = makers.rival_sweep(contest, tuple(contest.policies), episodes=64)
+    figures.quoting_report(tmp_path, "title", contest, sweep)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"learnt_quotes.png", "episode.png", "pnl.png", "rival_sweep.png"}
