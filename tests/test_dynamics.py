@@ -246,7 +246,7 @@ def test_moments_of_the_next_variance(name):
         ({"mean_reversion": -1.0}, "mean_reversion is -1.0"),
         ({"initial_variance": float("nan")}, "initial_variance is nan"),
         ({"correlation": 1.2}, "correlation is 1.2"),
-        ({"vol_of_vol": 30.0, "correlation": 0.9, "dt": 1 / 12}, "too much for steps of 0.0833 years"),
+        ({"vol_of_vol": 10.0, "correlation": 0.7, "dt": 0.5}, "too much for steps of 0.5 years"),
     ],
 )
 def test_heston_parameters_that_the_scheme_cannot_take(settings, message):
