@@ -23,14 +23,15 @@ import tyro
 
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
-from envs import HedgingEnv, runs
+import phase3_spread_vs_bs as phase3
+from envs import AgainstRivals, HedgingEnv, makers, runs
 
 
 @dataclass
 class Args:
-    """Measures steps and updates per second of phases 1 and 2."""
+    """Measures steps and updates per second of phases 1, 2 and 3."""
 
-    phases: tuple[Literal["phase1", "phase2"], ...] = ("phase1", "phase2")
+    phases: tuple[Literal["phase1", "phase2", "phase3"], ...] = ("phase1", "phase2", "phase3")
     """phases to measure"""
     num_envs: tuple[int, ...] = (64, 1024)
     """numbers of environments to measure"""
@@ -39,12 +40,12 @@ class Args:
     iterations: int = 40
     """rollouts and updates of a run"""
     dynamics: str = "gbm"
-    """model of the underlying"""
+    """model of the underlying of phases 1 and 2; phase 3 has its default, heston"""
     torch_threads: int = 1
     """CPU threads of torch"""
     peers: bool = False
-    """also measure Stable-Baselines3 on the same batched markets: PPO with phase 1's rollout, minibatches and epochs;
-    SAC with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
+    """also measure Stable-Baselines3 on the same batched markets: PPO with the phase's rollout, minibatches and
+    epochs; SAC with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
 
 
 def phase1_speed(args: Args, num_envs: int, mode: str) -> float:
@@ -86,10 +87,31 @@ def phase2_speed(args: Args, num_envs: int, mode: str, **changes) -> tuple[float
     return speed, speed * round(phase_args.utd * episode) / episode
 
 
-def environment_speed(env: HedgingEnv) -> float:
+def phase3_market(num_envs: int) -> makers.Makers:
+    phase_args = phase3.Args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return makers.classical_makers(phase3.make_market(phase_args, phase3.make_dynamics(phase_args), num_envs, device))
+
+
+def phase3_speed(args: Args, num_envs: int, mode: str) -> float:
+    phase_args = phase3.Args(
+        num_envs=num_envs,
+        total_timesteps=args.iterations * num_envs * 60,
+        num_evaluations=2,
+        save_model=False,
+        cudagraphs=mode == "cudagraphs",
+        compile=mode == "compile",
+    )
+    classics = phase3_market(64)
+    with tempfile.TemporaryDirectory() as folder:
+        phase3.train(phase_args, classics, Path(folder), classics.env.device, None, None)
+        return runs.read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
+
+
+def environment_speed(env: HedgingEnv | AgainstRivals) -> float:
     """Market alone: resets and steps with a constant action."""
     num_envs, device = env.num_envs, env.device
-    action = torch.full((num_envs, 2), 0.05, device=device)
+    action = torch.full((num_envs, *env.single_action_space.shape), 0.05, device=device)
     for repeat in range(13):
         if repeat == 3:
             if device.type == "cuda":
@@ -103,7 +125,7 @@ def environment_speed(env: HedgingEnv) -> float:
     return 10 * num_envs * env.num_steps / (time.perf_counter() - start)
 
 
-def batched(env: HedgingEnv):
+def batched(env: HedgingEnv | AgainstRivals):
     """The environment as Stable-Baselines3's VecEnv, so that its own Python loop over rows is not what is measured."""
     from stable_baselines3.common.vec_env import VecEnv
 
@@ -122,7 +144,7 @@ def batched(env: HedgingEnv):
         def step_wait(self):
             observation, reward, terminated, _, _ = env.step(self.actions)
             infos = [{} for _ in range(num_envs)]
-            if env.t == env.num_steps:
+            if terminated[0]:
                 for i, info in enumerate(infos):
                     info["terminal_observation"] = observation[i].numpy()
                 observation, _ = env.reset()
@@ -146,8 +168,8 @@ def batched(env: HedgingEnv):
     return Batched()
 
 
-def stable_baselines3_ppo(env: HedgingEnv, iterations: int) -> float:
-    """Steps a second with the same networks, rollout, minibatches and epochs as phase 1."""
+def stable_baselines3_ppo(env: HedgingEnv | AgainstRivals, iterations: int) -> float:
+    """Steps a second with the same networks, rollout, minibatches and epochs as phases 1 and 3."""
     from stable_baselines3 import PPO
 
     batch = env.num_envs * env.num_steps
@@ -201,6 +223,14 @@ def main() -> None:
                 small = {"batch_size": 256, "hidden_size": 64, "utd": 1 / num_envs}
                 measured(num_envs, "phase 2, 64×64, 256 a batch", *phase2_speed(args, num_envs, "eager", **small))
                 measured(num_envs, "Stable-Baselines3 SAC, the same", *stable_baselines3_sac(env))
+        if "phase3" in args.phases:
+            env = phase3_market(num_envs).env
+            measured(num_envs, "phase 3's market and rival alone", environment_speed(env))
+            for mode in args.modes:
+                measured(num_envs, f"phase 3, PPO, {mode}", phase3_speed(args, num_envs, mode))
+            if args.peers:
+                iterations = int(np.clip(200_000 // (num_envs * 60), 2, 40))
+                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(env, iterations))
     print(f"\n{where}, torch {torch.__version__}, {args.torch_threads} thread(s)\n")
     print("| environments | what | steps/s | updates/s |\n|---:|---|---:|---:|")
     print("\n".join(rows))

@@ -336,8 +336,9 @@ def learnt_quotes(path: Path, contest: Contest, colours: Mapping[str, str], titl
     for t, line in ((0, "-"), (steps // 2, "--"), (steps * 5 // 6, ":")):
         observation = still.observe_at(t, vega)
         for name, colour in colours.items():
-            label = f"{name}, {100 * (1 - t / steps):.0f} % of the time left"
+            label = name if t == 0 else None
             skews.plot(vega.cpu(), policies[name](observation)[:, 1].cpu(), line, color=colour, label=label)
+        skews.plot([], [], line, color="black", label=f"{100 * (1 - t / steps):.0f} % of the time left")
     skews.set(title="skew: how quotes lean against inventory", xlabel="net vega held (currency per vol point)")
     skews.set_ylabel("skew (vol points; positive attracts sellers)")
     skews.axhline(0.0, color="black", linewidth=0.6)
@@ -355,7 +356,7 @@ def learnt_quotes(path: Path, contest: Contest, colours: Mapping[str, str], titl
     times.set(title="half-spread without inventory", xlabel="step", ylabel="half-spread (vol points)")
     volatilities.set(title="the same at half-time", xlabel="implied volatility (%)", ylabel="half-spread (vol points)")
     for axis in (skews, times, volatilities):
-        axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=7 if axis is skews else 9)
+        axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=9)
     figure.suptitle(f"{title}: the learnt quotes")
     figure.tight_layout()
     _save(figure, path)
