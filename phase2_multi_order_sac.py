@@ -276,7 +276,8 @@ class Agent(nn.Module):
         env.reset(seed=benchmark.SCALE_SEED)
         cost = benchmark.play(env, baselines.black_scholes_delta(env))["cost"].mean()
         self.reward_unit.fill_(cost if cost > 1e-4 else 1.0)
-        self.half_width.fill_(benchmark.tune(env, lambda width: baselines.constant_band(env, width), 0.1, ratio=1.3))
+        (width,) = benchmark.tune(env, lambda width: baselines.constant_band(env, width), [0.1], [1.3])
+        self.half_width.fill_(width)
         # Where volatility moves with the spot, the best centre is about the minimum-variance delta, at any cost.
         minimum_variance, offsets = baselines.minimum_variance_delta(env), []
         observation, _ = env.replay()

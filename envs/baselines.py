@@ -210,10 +210,13 @@ def glft_exact_quotes(
     return bid, ask
 
 
+MIN_VEGA = 1e-3  # currency per vol point: where a jump has left every strike far behind, formulas would divide by zero
+
+
 def _mean_vega(env: QuotingEnv, state: QuotingState) -> Tensor:
     """Vega (n,) of the average option, currency per vol point."""
     arguments = (state.spot[:, None], env.strike, state.time_to_expiry[:, None], state.volatility[:, None])
-    return VOL_POINT * black_scholes.vega(*arguments).mean(-1)
+    return (VOL_POINT * black_scholes.vega(*arguments).mean(-1)).clamp(min=MIN_VEGA)
 
 
 def _residual_variance(env: QuotingEnv, state: QuotingState) -> Tensor:

@@ -79,6 +79,9 @@ def evaluate(env, contestants: Mapping[str, Policy], episodes: int, seed: int) -
     }
 
 
+MOST = 1000.0  # a tuned parameter is at most this many times larger or smaller than where its search began
+
+
 def tune(
     env: HedgingEnv | AgainstRivals,
     family: Callable[..., Policy],
@@ -88,7 +91,8 @@ def tune(
     """Parameters of a strategy that are best on the environment's current market.
 
     Climbs the grid start_i · ratio^k_i until every neighbour, diagonal ones too, is worse, so the result is interior by
-    construction (unless 80 evaluations do not suffice); then, from there, with the next of `ratios`.
+    construction (unless 80 evaluations or a factor of `MOST` do not suffice); then, from there, with the next of
+    `ratios`.
     """
     best = tuple(float(x) for x in start)
     for ratio in ratios:
@@ -105,11 +109,10 @@ def _climb(
         return tuple(x * ratio**k for x, k in zip(start, point, strict=True))
 
     def value(point: tuple[int, ...]) -> float:
+        if ratio ** max(map(abs, point)) > MOST:
+            return -np.inf
         if point not in values:
-            try:
-                values[point] = play(env, family(*parameters(point)))["objective_centred"].mean()
-            except ValueError:  # so extreme that a formula overflows
-                values[point] = -np.inf
+            values[point] = play(env, family(*parameters(point)))["objective_centred"].mean()
         return values[point]
 
     # Along the axes first, then diagonally: parameters that trade off against each other make ridges
@@ -430,7 +433,7 @@ def hedging_contest(
     settings["tuning seed"] = TUNING_SEED
     if historical:
         num_steps = tuning.num_steps
-        env = make_env(model, model.numwindows_played(num_steps))
+        env = make_env(model, model.num_windows(num_steps))
         episodes = env.num_envs
         settings["windows"] = windows_played(model, num_steps)
     else:

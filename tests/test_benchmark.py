@@ -76,7 +76,7 @@ def test_tuning_finds_the_same_interior_optimum_from_anywhere(start):
     def value(width):
         return benchmark.play(env, baselines.constant_band(env, width))["objective_centred"].mean()
 
-    best = benchmark.tune(env, lambda width: baselines.constant_band(env, width), start)
+    (best,) = benchmark.tune(env, lambda width: baselines.constant_band(env, width), [start])
     assert 0.02 < best < 0.1
     assert value(best) > max(value(best * 1.3), value(best / 1.3))
 
@@ -88,7 +88,7 @@ def test_reference_levels_of_tuned_bands():
         env.reset(seed=0)
         small = HedgingEnv(8192, model)
         small.reset(seed=1)
-        tuned = benchmark.tune(small, lambda a, small=small: baselines.whalley_wilmott(small, a), 1.0)
+        (tuned,) = benchmark.tune(small, lambda a, small=small: baselines.whalley_wilmott(small, a), [1.0])
         ours = benchmark.estimate(benchmark.play(env, baselines.whalley_wilmott(env, tuned))["objective"])
         assert abs(ours.mean - reference) < 2 * np.hypot(ours.se, 0.003)
 

@@ -230,3 +230,19 @@ def test_without_risk_the_rivals_quote_the_nash_edge():
     action = tuned.env.rivals[0](tuned.env.standing_still(1).observe_at(3))
     assert action[0, 0] == pytest.approx(0.7995, rel=0.08)  # the grid's step
     assert action[0, 1].abs() < 1e-4
+
+
+def test_quotes_stay_finite_where_no_option_has_vega_left():
+    market = QuotingEnv(2, num_steps=3, expiry=6)
+    market.reset(seed=0)
+    spot = torch.tensor([[100.0, 20.0, 20.0, 20.0], [100.0, 500.0, 500.0, 500.0]])
+    market.set_market(spot, market.variance.T.clone(), market.intensity.transpose(0, 1), market.marks.transpose(0, 1))
+    observation, _ = market.replay()
+    for policy in (baselines.avellaneda_stoikov(market, 0.25, 0.8), baselines.glft(market, 1.2, 0.8)):
+        market.replay()
+        for _ in range(3):
+            action = policy(market.observe()[:, 0])
+            assert action.isfinite().all()
+            observation, reward, *_ = market.step(action[:, None].expand(2, 2, 4))
+            assert reward.isfinite().all()
+            assert observation.isfinite().all()
