@@ -21,6 +21,7 @@ from envs import AgainstRivals, QuotingEnv, benchmark, dynamics, figures, makers
 
 Tensor = torch.Tensor
 PHASE = "phase3"  # a checkpoint is only loaded into the phase that wrote it
+EPISODES = 4096  # played side by side for validation and benchmark
 EXPLORATION_SEED = 4_000_000  # added to --seed, which itself seeds the market and stays below a million
 
 
@@ -406,10 +407,11 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
             content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
             content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             content |= {"generator": generator.get_state(), "market_generator": env.generator.get_state()}
-            content |= {"tracker": tracker.id if tracker else None}
+            content |= {"tracker": tracker.id if tracker else None, "makers": classics.parameters}
+            content |= {"origin": classics.origin}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
-    validation = benchmark.Validation(env.like(4096), classics.policies[makers.NAMED_MAKER], "avellaneda_stoikov")
+    validation = benchmark.Validation(env.like(EPISODES), classics.policies[makers.NAMED_MAKER], "avellaneda_stoikov")
     if checkpoint is None:  # the untrained policy, for the learning curve
         metrics.write({"global_step": 0, **validation(agent.policy)})
         save(0)
@@ -430,7 +432,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
         try:
             losses = iterate()
-        except ValueError as error:  # the market takes no quotes that are NaN
+        except quoting.BadQuote as error:  # they are NaN
             raise runs.DivergenceError(
                 f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
             ) from None
@@ -451,7 +453,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
             tracker.log(row, step=row["global_step"])
         save(iteration)
         gain, objective = row["charts/gain_over_avellaneda_stoikov"], row["charts/objective"]
-        relative = f" ({100 * gain / abs(objective - gain):+.1f} %)"
+        relative = f" ({100 * gain / (objective - gain):+.1f} %)" if objective - gain > 0.01 else ""
         progress.set_description(f"gain over Avellaneda–Stoikov {gain:+.3f}{relative}")
         clock, clock_steps = time.perf_counter(), 0
     progress.close()
@@ -470,7 +472,7 @@ MARKET = (
 def run_benchmark(args: Args, classics: makers.Makers, agent: Agent, steps: int, run_dir: Path, model):
     """The agent and every classical maker in the same seat on fresh episodes; writes report and figures."""
     market = {name: getattr(args, name) for name in MARKET}
-    default_market = market == {name: getattr(Args(), name) for name in MARKET}
+    default_market = market == {name: getattr(Args(), name) for name in MARKET} and not args.privileged
     settings = {**market, "privileged": args.privileged, "run seed": args.seed, "training steps": steps}
     title = f"Phase 3 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
     replayed = None
@@ -554,7 +556,7 @@ def load_agent(args: Args, checkpoint: dict, market: QuotingEnv) -> Agent:
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("rows", "optimizer", "generator", "market_generator", "tracker")
+    resume_needs = ("rows", "optimizer", "generator", "market_generator", "tracker", "makers", "origin")
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)
     model = make_dynamics(args)
@@ -562,8 +564,8 @@ def main(argv) -> bool:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     fitted = model.garch if args.dynamics == "historical" else model  # what the makers know
     market = make_market(args, fitted, args.tuning_episodes, device)
-    rows = max(args.num_envs, args.tuning_episodes)
-    runs.check_memory(3 * 4 * rows * market.noise_size, device, f"--num-envs {rows}")  # noise, marks and one copy
+    for flag, rows in (("--num-envs", max(args.num_envs, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
+        runs.check_memory(3 * 4 * rows * market.noise_size, device, f"{flag} {rows}")  # noise, marks and a copy
     name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:
@@ -576,7 +578,10 @@ def main(argv) -> bool:
         runs.write_json(run_dir / "args.json", asdict(args))
     print(f"{run_dir}: {args.dynamics} on {device}; edges in vol points, vega per vol point, S = 100, 252 days a year")
     print("the classical makers, tuned, are the rival and what has to be beaten …", flush=True)
-    classics = makers.classical_makers(market, args.rival_spread, args.rival_risk_aversion)
+    if args.resume and checkpoint:  # the very same opponents
+        classics = makers.assemble(market, checkpoint["makers"], checkpoint["origin"])
+    else:
+        classics = makers.classical_makers(market, args.rival_spread, args.rival_risk_aversion)
     if args.evaluate is None:
         agent, steps = train(args, classics, run_dir, device, checkpoint, tracker)
     result = run_benchmark(args, classics, agent, steps, run_dir, model)

@@ -246,11 +246,14 @@ def gap_closed(agent: np.ndarray, baseline: np.ndarray, optimum: np.ndarray) -> 
 RATIOS = (("market_share", "fills", "trades"), ("delta_share", "net_delta", "gross_delta"))
 
 
-def relative_gain(agent: np.ndarray, baseline: np.ndarray) -> Estimate:
-    """How far the mean of `agent` is above that of `baseline`, as a share of the latter; paired, delta method."""
+def relative_gain(agent: np.ndarray, baseline: np.ndarray, block: int = 1) -> Estimate:
+    """How far the mean of `agent` is above that of `baseline`, as a share of the latter; paired, by the delta method.
+
+    `block` as in `estimate`.
+    """
     ratio = float((agent - baseline).mean() / baseline.mean())
-    se = float((agent - (1.0 + ratio) * baseline).std(ddof=1) / abs(baseline.mean()) / len(agent) ** 0.5)
-    return Estimate(ratio, se, ratio - Z95 * se, ratio + Z95 * se)
+    error = estimate((agent - (1.0 + ratio) * baseline) / abs(baseline.mean()), block)  # of mean zero
+    return Estimate(ratio, error.se, ratio + error.low, ratio + error.high)
 
 
 def summarise(episodes: Episodes, block: int = 1) -> dict[str, float]:
@@ -266,7 +269,7 @@ def summarise(episodes: Episodes, block: int = 1) -> dict[str, float]:
         "cvar95": float(worst.mean()),  # mean P&L of the worst 5 % of episodes
         "cost_plus_sd": float(-pnl.mean() + 1.5 * pnl.std(ddof=1)),  # Cao, Chen, Hull & Poulos (2021), eq. 1
         **{name: float(episodes[name].mean()) for name in (*SUMMED, *AVERAGED) if name in episodes},
-        **{name: float(episodes[a].sum() / episodes[b].sum()) for name, a, b in RATIOS if b in episodes},
+        **{name: float(episodes[a].sum() / max(episodes[b].sum(), 1e-12)) for name, a, b in RATIOS if b in episodes},
     }
 
 
@@ -387,7 +390,7 @@ class Contest:
 
     policies: dict[str, Policy]
     played: dict[str, Episodes]
-    parameters: dict[str, float]
+    parameters: dict[str, float] | dict[str, tuple[float, ...]]
     best: str
     exact: bool
     block: int

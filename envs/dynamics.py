@@ -79,6 +79,10 @@ class Dynamics:
         """d<ln S, v>/d<ln S>: expected change of variance per unit of log-return, for the minimum-variance delta."""
         return torch.zeros_like(variance)
 
+    def return_variance(self, variance: Tensor) -> Tensor:
+        """E[(S_{t+1}/S_t − 1)² | v], of the simple return of one step; of the shape of `variance`."""
+        return torch.expm1(variance * self.dt)
+
     def next_variance_moments(self, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Conditional mean and variance of the next step's variance, given this one's; both of its shape."""
         return variance, torch.zeros_like(variance)
@@ -210,6 +214,11 @@ class Heston(Dynamics):
         b2 = 2 * inverse_psi - 1 + (2 * inverse_psi).sqrt() * (2 * inverse_psi - 1).sqrt()
         return mean / (1 + b2), b2
 
+    def return_variance(self, variance):
+        """The variance expected on average over the step, to order v dt."""
+        x = self.mean_reversion * self.dt
+        return (self.mean_variance + (variance - self.mean_variance) * (-math.expm1(-x) / x)) * self.dt
+
     def next_variance_moments(self, variance):
         """Andersen (17) and (18), exact."""
         kappa, theta, xi, decay = (
@@ -300,6 +309,14 @@ class Merton(Dynamics):
     def expected_average_variance(self, variance, num_steps):
         return variance + 0.0 * num_steps
 
+    def return_variance(self, variance):
+        """e^{σ²dt} E[e^{2ΣJ}]/E[e^{ΣJ}]² − 1: less than the variance of the log-return where jumps go down."""
+        one, two = (
+            sum(p * math.exp(n * (a * self.jump_mean + 0.5 * (a * self.jump_volatility) ** 2)) for n, p in jumps)
+            for a, jumps in ((a, enumerate(self.jump_probabilities())) for a in (1, 2))
+        )
+        return torch.full_like(variance, math.exp(self.volatility**2 * self.dt) * two / one**2 - 1.0)
+
 
 class Historical(Dynamics):
     """Windows of real closes, for out-of-sample evaluation; variance filtered by a GARCH model fitted elsewhere.
@@ -353,6 +370,9 @@ class Historical(Dynamics):
 
     def next_variance_moments(self, variance):
         return self.garch.next_variance_moments(variance)
+
+    def return_variance(self, variance):
+        return self.garch.return_variance(variance)
 
 
 def load_closes(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:

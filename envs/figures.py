@@ -375,13 +375,12 @@ def quoting_episode(path: Path, contest: Contest, colours: Mapping[str, str], ti
         observation, _ = env.replay()
         wealth[name] = [0.0]
         for t in range(env.num_steps):
-            action, before = contest.policies[name](observation), market.position
+            action = contest.policies[name](observation)
             observation, _, _, _, info = env.step(action)
             wealth[name].append(market.wealth[0, seat].item())
             if name == "agent":
                 edges.append(market.edges[0, [seat, rival]].cpu().numpy())
-                change = (market.position - before)[0, seat]
-                fills.append([-change.clamp(max=0).sum().item(), change.clamp(min=0).sum().item()])
+                fills.append([info["sold"].item(), info["bought"].item()])
                 vegas.append((market.position[0, [seat, rival]] * market.vega[t, 0]).sum(-1).cpu().numpy())
                 net.append(info["net_delta"].item())
                 centre, half_width = action[0, 2].item(), max(action[0, 3].item(), 0.0)
@@ -416,7 +415,7 @@ def quoting_episode(path: Path, contest: Contest, colours: Mapping[str, str], ti
 
 
 def rival_sweep(path: Path, sweep: Mapping, colours: Mapping[str, str], title: str) -> None:
-    """Objective against other rivals than the one of training: `sweep` as `benchmark.rival_sweep` returns it."""
+    """Objective against other rivals than the one of training: `sweep` as `makers.rival_sweep` returns it."""
     figure, panels = _new(1, 2, (13, 4.8), sharey=True)
     for axis, (what, rows) in zip(panels, sweep.items(), strict=True):
         for name, colour in colours.items():
@@ -424,7 +423,7 @@ def rival_sweep(path: Path, sweep: Mapping, colours: Mapping[str, str], title: s
                 continue  # it was made for one rival
             line = "o-" if name == "agent" else "s--"
             axis.plot(list(rows), [row[name] for row in rows.values()], line, color=colour, label=name, markersize=4)
-        axis.axvline(1.0, color="black", linestyle=":", linewidth=0.8, label="the rival it was trained against")
+        axis.axvline(1.0, color="black", linestyle=":", linewidth=0.8, label="the rival of this benchmark")
         axis.set(xscale="log", xlabel=f"rival's {what}, as a multiple", ylabel="objective (currency)")
         axis.set_xticks(list(rows), [f"{x:g}" for x in rows], minor=False)
         axis.minorticks_off()

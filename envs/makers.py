@@ -4,7 +4,7 @@ What `envs.benchmark` is to hedging: the same seat, rivals and takers for every 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ INVENTORY_DP = "dynamic programming, tuned"  # under gbm
 BEST_RESPONSE = "best response (exact)"  # under gbm without risk aversion and costs
 RIVAL = "rival"
 RISK_NEUTRAL = 1e-6  # the risk aversion of a formula that divides by it, where there is none
+NEVER_HEDGED = 1e3  # half-width of a band, shares
 COARSE_TO_FINE = (1.3, 1.08)  # ratios of the grids that parameters are tuned on
 RECORDED = Path(__file__).with_name("tuned_makers.json")  # written by benchmarks/tune_makers.py
 
@@ -57,7 +58,7 @@ QUOTING_COLUMNS = {
 def _policy(name: str, env: AgainstRivals, parameters: Sequence[float]) -> Policy:
     """The maker of that name in the seat of `env`."""
     market = env.env
-    if name in (NAMED_MAKER, RIVAL):
+    if name == NAMED_MAKER:
         return baselines.avellaneda_stoikov(market, *parameters)
     if name == CONSTANT_SPREAD:
         return baselines.constant_spread(market, *parameters)
@@ -65,7 +66,9 @@ def _policy(name: str, env: AgainstRivals, parameters: Sequence[float]) -> Polic
         return baselines.glft(market, *parameters)
     if name == STRONGEST_MAKER:
         return baselines.minimum_variance_band(market, baselines.glft(market, *parameters[:2]), parameters[2])
-    return optimum.optimal_quotes(env, *parameters)
+    if name == INVENTORY_DP:
+        return optimum.optimal_quotes(env, *parameters)
+    raise ValueError(f"no maker is called {name!r}")
 
 
 @dataclass
@@ -86,42 +89,53 @@ class Makers:
 def tune_rival(market: QuotingEnv) -> tuple[float, float]:
     """Risk aversion and k of the Avellaneda–Stoikov maker that is tuned against makers like itself.
 
-    Tunes one seat against rivals with the parameters found before, until they repeat (at most six times).
+    Tunes one seat against rivals with the parameters found before, until they repeat; six times at most, and then they
+    are off by a step or two of the grid.
     """
-    rivals, parameters = None, (max(0.25 * market.risk_aversion, RISK_NEUTRAL), 0.8)
+    rivals, parameters = None, (start := (max(0.25 * market.risk_aversion, RISK_NEUTRAL), 0.8))
     for _ in range(6):
         if parameters == rivals:
             break
         rivals = parameters
         env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rivals)] * (market.num_makers - 1))
         env.reset(seed=TUNING_SEED)
-        parameters = _tune(NAMED_MAKER, env, rivals)
+        parameters = _tune(NAMED_MAKER, env, rivals, globally=rivals == start)
     return rivals
 
 
-def _tune(name: str, env: AgainstRivals, start: Sequence[float]) -> tuple[float, ...]:
-    """Parameters of the maker; those that have no best value above 0 in this market stay as they are."""
+def _tune(name: str, env: AgainstRivals, start: Sequence[float], globally: bool = False) -> tuple[float, ...]:
+    """Parameters of the maker, from `start`; those whose best value in this market is 0 or ∞ are set to it.
+
+    Without risk aversion nothing is hedged that costs anything, and where hedging is free there is no band. Quotes too
+    wide for any trade are a local optimum, so a search can go on `globally`, from the best of eight starts.
+    """
     market, start = env.env, tuple(start)
     first, last = 0, len(start)
     if market.risk_aversion == 0 and name != CONSTANT_SPREAD:
         first, start = 1, (RISK_NEUTRAL, *start[1:])
-    if name == STRONGEST_MAKER and (market.risk_aversion == 0 or market.cost_rate == 0):
-        last, start = 2, (*start[:2], 0.0)
+    if len(start) == 3 and (market.risk_aversion == 0 or market.cost_rate == 0):
+        last, start = 2, (*start[:2], 0.0 if market.cost_rate == 0 else NEVER_HEDGED)
 
     def family(*free: float) -> Policy:
         return _policy(name, env, (*start[:first], *free, *start[last:]))
 
-    return (*start[:first], *tune(env, family, start[first:last], COARSE_TO_FINE), *start[last:])
+    def value(free: Sequence[float]) -> float:
+        return play(env, family(*free))["objective_centred"].mean()
+
+    starts = [start[first:last]]
+    if globally and first == 0:
+        starts = [(start[0] * x, start[1] * y) for x in (0.25, 1.0, 4.0, 16.0) for y in (0.5, 1.0)]
+    return (*start[:first], *tune(env, family, max(starts, key=value), COARSE_TO_FINE), *start[last:])
 
 
 def tune_makers(env: AgainstRivals, start: tuple[float, float]) -> Parameters:
     """Parameters of every classical maker, tuned in the seat of `env`, from the risk aversion and k of `start`."""
     env.reset(seed=TUNING_SEED)
-    found = {CONSTANT_SPREAD: _tune(CONSTANT_SPREAD, env, (1.2,)), NAMED_MAKER: _tune(NAMED_MAKER, env, start)}
-    found[GLFT] = _tune(GLFT, env, (5.0 * start[0], start[1]))
+    found = {CONSTANT_SPREAD: _tune(CONSTANT_SPREAD, env, (1.2,)), NAMED_MAKER: _tune(NAMED_MAKER, env, start, True)}
+    found[GLFT] = _tune(GLFT, env, (5.0 * start[0], start[1]), True)
     found[STRONGEST_MAKER] = _tune(STRONGEST_MAKER, env, (*found[GLFT], 0.15))
     market = env.env
-    if isinstance(market.dynamics, GBM) and market.risk_aversion > 0 and market.cost_rate > 0:
+    if isinstance(market.dynamics, GBM) and market.risk_aversion > 0:
         found[INVENTORY_DP] = _tune(INVENTORY_DP, env, (2.0 * market.risk_aversion, 0.2, 0.05))
     return found
 
@@ -151,17 +165,23 @@ def classical_makers(market: QuotingEnv, rival_spread: float = 1.0, rival_risk_a
     """
     recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
     known = recorded.get(describe(market))
-    start = tuple(known["parameters"][RIVAL][:2]) if known else tune_rival(market)
-    rival = (rival_risk_aversion * start[0], start[1], rival_spread)
-    env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rival)] * (market.num_makers - 1))
     if known and rival_spread == rival_risk_aversion == 1.0:
-        parameters = {name: tuple(values) for name, values in known["parameters"].items() if name != RIVAL}
         origin = f"recorded, tuned on {known['episodes']:,} episodes of seed {known['seed']}"
-    else:
-        parameters = tune_makers(env, start)
-        origin = f"tuned on {market.num_envs:,} episodes of seed {TUNING_SEED}"
-    policies = {name: _policy(name, env, values) for name, values in parameters.items()}
-    return Makers(env, policies, {**parameters, RIVAL: rival}, origin)
+        return assemble(market, known["parameters"], origin)
+    risk_aversion, k = known["parameters"][RIVAL][:2] if known else tune_rival(market)
+    rival = (rival_risk_aversion * risk_aversion, k, rival_spread)
+    env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rival)] * (market.num_makers - 1))
+    parameters = {**tune_makers(env, (risk_aversion, k)), RIVAL: rival}
+    return assemble(market, parameters, f"tuned on {market.num_envs:,} episodes of seed {TUNING_SEED}")
+
+
+def assemble(market: QuotingEnv, parameters: Mapping[str, Sequence[float]], origin: str) -> Makers:
+    """The makers with these parameters, the rival's among them, in this market."""
+    parameters = {name: tuple(values) for name, values in parameters.items()}
+    rival = baselines.avellaneda_stoikov(market, *parameters[RIVAL])
+    env = AgainstRivals(market, [rival] * (market.num_makers - 1))
+    policies = {name: _policy(name, env, values) for name, values in parameters.items() if name != RIVAL}
+    return Makers(env, policies, parameters, origin)
 
 
 def quoting_contest(makers: Makers, agent: Policy, episodes: int, replayed: AgainstRivals | None = None) -> Contest:
@@ -216,14 +236,15 @@ def judge_quoting(title: str, settings: dict, contest: Contest, default_market: 
     standard deviation, and 0.2 of objective above the strongest. Under gbm, within 0.03 of the dynamic programming;
     where nothing is risked and hedging is free, an edge within 3 % of the best response.
     """
-    played, rows = contest.played, {}
+    played = contest.played
     settings = {**settings, "episodes": len(played["agent"]["pnl"]), **contest.settings}
     result = compare(title, settings, played, "agent", contest.block, QUOTING_COLUMNS)
     rows, agent, named = result.rows, played["agent"], played[NAMED_MAKER]
-    gains = {name: relative_gain(agent[name], named[name]) for name in ("objective", "pnl")}
-    if min(named["objective"].mean(), named["pnl"].mean()) > 0:  # or a share of it means nothing
-        for name, label in (("objective", "objective"), ("pnl", "mean P&L")):
-            result.shares[f"{label} above {NAMED_MAKER}"] = gains[name]
+    gains = {}
+    for name, label in (("objective", "objective"), ("pnl", "mean P&L")):
+        if named[name].mean() > 0:  # or a share of it means nothing
+            gains[label] = relative_gain(agent[name], named[name], contest.block)
+            result.shares[f"{label} above {NAMED_MAKER}"] = gains[label]
     if contest.exact:
         env = contest.env.like(4096)
         env.reset(seed=BENCHMARK_SEED)
@@ -237,8 +258,8 @@ def judge_quoting(title: str, settings: dict, contest: Contest, default_market: 
         difference = result.advantages[contest.best]
         result.require(f"within 0.03 of {contest.best}", difference.mean >= -0.03, str(difference))
     if default_market:
-        for name, label, bar in (("objective", "objective", 0.30), ("pnl", "mean P&L", 0.12)):
-            gain = gains[name].mean
+        for label, bar in (("objective", 0.30), ("mean P&L", 0.12)):
+            gain = gains[label].mean if label in gains else float("nan")
             result.require(f"{label} {100 * bar:g} % above {NAMED_MAKER}", gain >= bar, f"{100 * gain:+.1f} %")
         own, other = rows["agent"]["pnl_sd"], rows[NAMED_MAKER]["pnl_sd"]
         result.require(f"P&L sd no higher than of {NAMED_MAKER}", own <= other, f"{own:.3f}, {other:.3f}")
@@ -260,7 +281,7 @@ def rival_sweep(
     Returns:
         "half-spread" and "risk aversion" → multiple → contestant → mean objective, without the market's noise.
     """
-    market, (risk_aversion, k, spread) = contest.env.env.like(episodes), contest.parameters["rival"]
+    market, (risk_aversion, k, spread) = contest.env.env.like(episodes), contest.parameters[RIVAL]
     market.reset(seed=BENCHMARK_SEED)
     sweep = {"half-spread": {}, "risk aversion": {}}
     variants = [("half-spread", x, (risk_aversion, k, x * spread)) for x in SPREADS]

@@ -43,6 +43,10 @@ VEGA = OBSERVATION_NAMES.index("net vega")
 ACTION_NAMES = ("half_spread", "skew", "target", "band")
 
 
+class BadQuote(ValueError):
+    """An action that no market takes. The message names what, whose and when."""
+
+
 class QuotingState(NamedTuple):
     """What a maker's observation says, in natural units; (n,) but for the last two."""
 
@@ -98,16 +102,17 @@ class QuotingEnv(VectorEnv):
     positions. With `privileged`, the rivals' vegas and then their positions.
 
     `info` holds, per step, environment and maker: `wealth_change` ΔW, `income`, `cost`, `turnover` (shares, absolute),
-    `net_delta` (shares, after hedging), `gross_delta` (Σ |position · delta|), `net_vega`, `half_spread`, `fills` (all)
-    and `trades` (of all makers together). And `noise`, a part of the reward whose conditional mean is zero whatever the
-    maker does: what income, ΔW and ½ΔW² are above their expectations, to first order in spot and variance. The reward
-    without it has the same optimum and a small part of the variance.
+    `net_delta` (shares, after hedging), `gross_delta` (Σ |position · delta|), `net_vega`, `half_spread`, `sold` and
+    `bought` (options), `fills` (both) and `trades` (of all makers together). And `noise`, a part of the reward whose
+    conditional mean is zero (to first order in dt) whatever the maker does: what income, ΔW and ½ΔW² are above their
+    expectations, to first order in spot and variance. The reward without it has the same optimum and far less variance.
 
     There is no autoreset (`AutoresetMode.DISABLED`). On a CPU each step checks its actions; on a GPU that would mean to
     wait for the device, and NaN shows up in the rewards.
 
     Raises:
-        ValueError: an argument outside its range, an action that is NaN or whose quotes cross (half-spread < 0).
+        ValueError: an argument outside its range; `BadQuote`, which is one, an action that is NaN or whose quotes cross
+            (half-spread < 0).
     """
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}
@@ -257,7 +262,7 @@ class QuotingEnv(VectorEnv):
         mean, self.next_variance_variance = self.dynamics.next_variance_moments(self.variance)
         self.variance_surprise = self.variance[1:] - mean[:-1]
         self.covariance = self.dynamics.return_volatility_covariance(self.variance) * self.variance * dt
-        self.return_variance = self.dynamics.expected_average_variance(self.variance, 1) * dt
+        self.return_variance = self.dynamics.return_variance(self.variance)
         self.residual_sd = hedged_volatility_variance(self.dynamics, self.variance, steps_left).sqrt() * dt**0.5
         total_volatility = self.volatility * time_to_expiry.clamp(min=0.5 * dt).sqrt()
         features = (
@@ -334,7 +339,7 @@ class QuotingEnv(VectorEnv):
 
         Raises:
             RuntimeError: the episode is over; call `reset`.
-            ValueError: on a CPU, an action that is not finite, or a half-spread below 0.
+            BadQuote: on a CPU, an action that is not finite, or a half-spread below 0.
         """
         if self.t >= self.num_steps:
             raise RuntimeError("the episode is over (or never began): call reset()")
@@ -384,6 +389,8 @@ class QuotingEnv(VectorEnv):
             "gross_delta": option_delta.abs().sum(-1),
             "net_vega": vega,
             "half_spread": half_spread,
+            "sold": fills[:, :, ASK].sum(-1),
+            "bought": fills[:, :, BID].sum(-1),
             "fills": fills.sum((-1, -2)),
             "trades": trades.sum((-1, -2))[:, None].expand_as(income),
             "noise": noise,
@@ -408,13 +415,13 @@ class QuotingEnv(VectorEnv):
     def _check(self, actions: Tensor) -> None:
         if actions.shape != (self.num_envs, self.num_makers, 4):
             wanted = (self.num_envs, self.num_makers, 4)
-            raise ValueError(f"actions have the shape {tuple(actions.shape)} ({wanted}: environments, makers, 4)")
+            raise BadQuote(f"actions have the shape {tuple(actions.shape)} ({wanted}: environments, makers, 4)")
         low = actions.amin((0, 1))  # NaN wherever there is one
         if not torch.isfinite(low.sum() + actions.amax()):
             maker, name = divmod(int((~actions.isfinite()).any(0).flatten().nonzero()[0]), 4)
-            raise ValueError(f"{ACTION_NAMES[name]} of maker {maker} is not finite at step {self.t}")
+            raise BadQuote(f"{ACTION_NAMES[name]} of maker {maker} is not finite at step {self.t}")
         if low[0] < 0:
-            raise ValueError(f"half_spread is {low[0].item():g} at step {self.t} (0 or more, or the quotes cross)")
+            raise BadQuote(f"half_spread is {low[0].item():g} at step {self.t} (0 or more, or the quotes cross)")
 
     @property
     def wealth(self) -> Tensor:
@@ -537,7 +544,7 @@ class QuotingGymEnv(gym.Env):
 
     metadata = {"render_modes": []}
 
-    def __init__(self, rival_risk_aversion: float = 0.2, rival_k: float = 1.0, **settings):
+    def __init__(self, rival_risk_aversion: float = 0.23, rival_k: float = 0.8, **settings):
         from envs import baselines  # which imports this module
 
         market = QuotingEnv(num_envs=1, **settings)

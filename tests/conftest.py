@@ -74,10 +74,11 @@ class Phase(NamedTuple):
         return self.module.Args(**self._settings(iterations, changes))
 
     def train(self, args, folder: Path, device: str = "cpu"):
-        """Trains in gbm: (agent, steps)."""
+        """Trains in gbm, phase 3 in its default heston: (agent, steps)."""
         market, device = dynamics.GBM(), torch.device(device)
         if self.module is phase3:
-            market = makers.classical_makers(phase3.make_market(args, market, args.tuning_episodes, device))
+            model = phase3.make_dynamics(args)
+            market = makers.classical_makers(phase3.make_market(args, model, args.tuning_episodes, device))
         return self.module.train(args, market, folder, device, None, None)
 
 
