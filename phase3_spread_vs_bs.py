@@ -532,7 +532,7 @@ def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
         artifact.add_file(str(run_dir / "checkpoint.pt"))
         tracker.log_artifact(artifact)
     here = Path(__file__).parent
-    code = {here / Path(__file__).name, *(here / "envs").glob("*.py")}
+    code = {here / Path(__file__).name, *(here / "envs").glob("*.py"), makers.RECORDED}
     tracker.log_code(str(here), include_fn=lambda path: Path(path) in code)
     tracker.finish()
 
@@ -579,7 +579,12 @@ def main(argv) -> bool:
     print(f"{run_dir}: {args.dynamics} on {device}; edges in vol points, vega per vol point, S = 100, 252 days a year")
     print("the classical makers, tuned, are the rival and what has to be beaten …", flush=True)
     if args.resume and checkpoint:  # the very same opponents
-        classics = makers.assemble(market, checkpoint["makers"], checkpoint["origin"])
+        try:
+            classics = makers.assemble(market, checkpoint["makers"], checkpoint["origin"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise runs.UsageError(
+                f"{args.resume}: does not fit this script, its makers have other parameters"
+            ) from None
     else:
         classics = makers.classical_makers(market, args.rival_spread, args.rival_risk_aversion)
     if args.evaluate is None:

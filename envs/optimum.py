@@ -10,6 +10,7 @@ in gbm.
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.special import lambertw
 
 from envs import black_scholes
 from envs.dynamics import GARCH, GBM
@@ -264,6 +265,22 @@ def best_response(rivals: Tensor, k: float, reference_edge: float, marginal_cost
     for _ in range(12):  # Newton's method on w + ln w = ln z: quadratic, from either side
         w = (w * (1.0 + log_z - w.log()) / (1.0 + w)).clamp(min=tiny)
     return marginal_cost + (1.0 + w) / k
+
+
+def nash_edge(num_makers: int, k: float, reference_edge: float) -> float:
+    """Edge, vol points, that is the best response to itself where `num_makers` compete: d = 1/(k(1 − s(d))).
+
+    s(d) is the share of takers that each of them then has. Without risk aversion and costs; see `best_response`.
+    """
+    edge = torch.tensor(reference_edge, dtype=torch.float64)
+    for _ in range(200):  # a contraction: each step answers less than it is given
+        edge = best_response(edge.expand(num_makers - 1), k, reference_edge)
+    return float(edge)
+
+
+def monopoly_edge(num_makers: int, k: float, reference_edge: float) -> float:
+    """Edge, vol points, that `num_makers` would agree on: d = 1/(k(1 − M s(d))), solved by Lambert's W."""
+    return float((1.0 + lambertw(num_makers * np.exp(k * reference_edge - 1.0)).real) / k)
 
 
 class OptimalQuotes:

@@ -130,9 +130,22 @@ def test_minimum_variance_target_minimises_the_variance_of_a_step(name):
         assert target == 0
 
 
-def test_nash_edge_is_its_own_best_response():
-    """Oracle: two makers, k 2 per vol point, d_ref 1: 0.7995 (reference.md)."""
-    assert float(optimum.best_response(torch.tensor([0.7995], dtype=F64), 2.0, 1.0)) == pytest.approx(0.7995, abs=5e-5)
+@pytest.mark.parametrize(
+    ("num_makers", "k", "reference_edge"), [(2, 2.0, 1.0), (3, 2.0, 1.0), (5, 0.7, 0.2), (2, 8.0, 1.5)]
+)
+def test_nash_and_monopoly_edges(num_makers, k, reference_edge):
+    """Each solves its condition; oracles for two makers, k 2 per vol point, d_ref 1: 0.7995 and 1.187 (reference.md)."""
+    nash, monopoly = (f(num_makers, k, reference_edge) for f in (optimum.nash_edge, optimum.monopoly_edge))
+
+    def share(d):
+        return math.exp(-k * (d - reference_edge)) / (1 + num_makers * math.exp(-k * (d - reference_edge)))
+
+    assert nash == pytest.approx(1 / (k * (1 - share(nash))), abs=1e-9)
+    assert monopoly == pytest.approx(1 / (k * (1 - num_makers * share(monopoly))), abs=1e-9)
+    assert nash < monopoly
+    if num_makers == k == 2:
+        assert nash == pytest.approx(0.7995, abs=5e-5)
+        assert monopoly == pytest.approx(1.187, abs=5e-4)
 
 
 @pytest.mark.parametrize("cost", [-1.5, 0.0, 0.4, 3.0])
