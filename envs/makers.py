@@ -274,7 +274,7 @@ SPREADS, RISK_AVERSIONS = (0.6, 0.8, 1.0, 1.25, 1.6), (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def rival_sweep(
-    contest: Contest, names: Sequence[str], episodes: int = 2048
+    contest: Contest, names: Sequence[str], episodes: int = 1024
 ) -> dict[str, dict[float, dict[str, float]]]:
     """Objectives against other rivals than the agent was trained against: multiples of their spread and risk aversion.
 

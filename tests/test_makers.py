@@ -134,7 +134,7 @@ def test_minimum_variance_target_minimises_the_variance_of_a_step(name):
     ("num_makers", "k", "reference_edge"), [(2, 2.0, 1.0), (3, 2.0, 1.0), (5, 0.7, 0.2), (2, 8.0, 1.5)]
 )
 def test_nash_and_monopoly_edges(num_makers, k, reference_edge):
-    """Each solves its condition; oracles for two makers, k 2 per vol point, d_ref 1: 0.7995 and 1.187 (reference.md)."""
+    """Each solves its condition; oracles for two makers, k 2 per vol point, d_ref 1 in reference.md."""
     nash, monopoly = (f(num_makers, k, reference_edge) for f in (optimum.nash_edge, optimum.monopoly_edge))
 
     def share(d):
