@@ -213,7 +213,7 @@ def test_dynamic_programming_predicts_its_value_where_its_assumptions_hold():
 
 
 def test_tuning_is_repeatable_and_beats_its_neighbours():
-    market = QuotingEnv(64, num_steps=6, expiry=12)
+    market = QuotingEnv(32, num_steps=4, expiry=8)
     tuned = makers.classical_makers(market)
     assert makers.classical_makers(market).parameters == tuned.parameters
     assert set(tuned.parameters) == {*tuned.policies, makers.RIVAL}

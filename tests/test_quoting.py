@@ -404,7 +404,7 @@ def test_gymnasium_checks_the_environment_and_stable_baselines_trains_in_it():
 
 def test_the_single_environment_is_the_batch_of_one():
     single, batch = QuotingGymEnv(num_steps=6, expiry=12), make(1, num_steps=6, expiry=12)
-    env = AgainstRivals(batch, [baselines.avellaneda_stoikov(batch, 0.2, 1.0)])
+    env = AgainstRivals(batch, [baselines.avellaneda_stoikov(batch, 0.23, 0.8)])
     one, _ = single.reset(seed=4)
     two, _ = env.reset(seed=4)
     action = np.array([0.9, 0.1, 0.0, 0.2], np.float32)

@@ -46,7 +46,7 @@ def test_smoke(main, tmp_path, phase, name, capsys):
 
 
 def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path, phase):
-    flags = phase.flags(iterations=60, num_evaluations=20)
+    flags = phase.flags(iterations=24, num_evaluations=8)
     first, second = tmp_path / "first", tmp_path / "second"
     folders = []
     for place in (first, second):
@@ -71,7 +71,7 @@ def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path,
             (folder,) = place.glob("runs/*")
             assert not (folder / "benchmark.json").exists()
             rows_then = len((folder / "metrics.csv").read_text().splitlines())
-            assert rows_then < 22
+            assert rows_then < 10
             resumed = subprocess.run(
                 [sys.executable, str(ROOT / phase.script), "--resume", str(folder)],
                 cwd=place, env=environment, capture_output=True, text=True, check=False,
@@ -87,12 +87,14 @@ def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path,
     for row in curves[0] + curves[1]:
         row.pop("charts/SPS")
     assert curves[0] == curves[1]
-    assert len(curves[0]) == 21
+    assert len(curves[0]) == 9
     # resuming a finished run repeats its benchmark; another value of a flag would not be the same run
     result = script(phase.script, "--resume", two, "--learning-rate", 0.1)
     assert result.returncode == 2
     had = phase.module.Args().learning_rate
     assert result.stderr == f"error: --learning-rate is 0.1, but the run to resume has {had}\n"
+    if phase.module.PHASE != "phase1":
+        return  # what follows is the same code in all of them
     # a run that was killed before its first checkpoint starts again
     unborn = tmp_path / "unborn"
     unborn.mkdir()
