@@ -221,12 +221,8 @@ class Heston(Dynamics):
 
     def next_variance_moments(self, variance):
         """Andersen (17) and (18), exact."""
-        kappa, theta, xi, decay = (
-            self.mean_reversion,
-            self.mean_variance,
-            self.vol_of_vol,
-            math.exp(-self.mean_reversion * self.dt),
-        )
+        kappa, theta, xi = self.mean_reversion, self.mean_variance, self.vol_of_vol
+        decay = math.exp(-kappa * self.dt)
         mean = theta + (variance - theta) * decay
         return mean, variance * xi**2 * decay * (1 - decay) / kappa + theta * xi**2 * (1 - decay) ** 2 / (2 * kappa)
 

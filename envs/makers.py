@@ -142,16 +142,14 @@ def tune_makers(env: AgainstRivals, start: tuple[float, float]) -> Parameters:
 
 def describe(market: QuotingEnv) -> str:
     """What the makers' parameters depend on, in words that are the same on every machine."""
-    settings = {name: value for name, value in market.settings.items() if name not in IRRELEVANT}
+    beside = ("num_envs", "dynamics", "privileged", "device", "dtype")
+    settings = {name: value for name, value in market.settings.items() if name not in beside}
     model = ", ".join(f"{name} {value:.4g}" for name, value in asdict(market.dynamics).items())
     parts = [f"{type(market.dynamics).__name__} ({model})"]
     for name, value in settings.items():
         value = value if isinstance(value, Sequence) else (value,)
         parts.append(f"{name} {' '.join(f'{x:.4g}' for x in value)}")
     return ", ".join(parts)
-
-
-IRRELEVANT = ("num_envs", "dynamics", "privileged", "device", "dtype")
 
 
 def classical_makers(market: QuotingEnv, rival_spread: float = 1.0, rival_risk_aversion: float = 1.0) -> Makers:
