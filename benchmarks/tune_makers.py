@@ -40,8 +40,7 @@ def main(args: Args) -> None:
         start = time.perf_counter()
         market = phase3.make_market(flags, phase3.make_dynamics(flags), args.episodes, torch.device("cpu"))
         rival = makers.tune_rival(market)
-        env = makers.AgainstRivals(market, [makers.baselines.avellaneda_stoikov(market, *rival)])
-        parameters = {makers.RIVAL: (*rival, 1.0), **makers.tune_makers(env, rival)}
+        parameters = makers.tune_makers(market, rival, (*rival, 1.0))
         recorded = json.loads(makers.RECORDED.read_text(encoding="utf-8")) if makers.RECORDED.exists() else {}
         found = {"parameters": parameters, "episodes": args.episodes, "seed": TUNING_SEED}
         runs.write_json(makers.RECORDED, {**recorded, makers.describe(market): found})

@@ -16,7 +16,7 @@ from scipy.linalg import expm
 
 from envs import black_scholes
 from envs.hedging import HedgingEnv, HedgingState
-from envs.quoting import VOL_POINT, QuotingEnv, QuotingState, hedged_volatility_variance, variance_slope
+from envs.quoting import VOL_POINT, QuotingEnv, QuotingState, hedged_volatility_variance, volatility_slope
 
 Tensor = torch.Tensor
 Policy = Callable[[Tensor], Tensor]
@@ -287,7 +287,7 @@ def minimum_variance_band(env: QuotingEnv, quotes: Policy, band: float) -> Polic
 
     def policy(observation: Tensor) -> Tensor:
         state, action = env.decode(observation), quotes(observation)
-        slope = variance_slope(env.dynamics, env.expiry - state.step) / (2.0 * state.volatility * VOL_POINT)
+        slope = volatility_slope(env.dynamics, state.volatility, env.expiry - state.step)
         target = -state.vega * slope * env.dynamics.return_volatility_covariance(state.variance) / state.spot
         return _quotes(action[:, 0], action[:, 1], target, band)
 

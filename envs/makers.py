@@ -23,7 +23,7 @@ from envs.benchmark import (
     relative_gain,
     tune,
     windows_played,
-)  # fmt: skip
+)
 from envs.dynamics import GBM
 from envs.quoting import AgainstRivals, QuotingEnv
 
@@ -86,6 +86,11 @@ class Makers:
     origin: str
 
 
+def against(market: QuotingEnv, rival: Sequence[float]) -> AgainstRivals:
+    """The market from one seat, every other taken by the Avellaneda–Stoikov maker with these parameters."""
+    return AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rival)] * (market.num_makers - 1))
+
+
 def tune_rival(market: QuotingEnv) -> tuple[float, float]:
     """Risk aversion and k of the Avellaneda–Stoikov maker that is tuned against makers like itself.
 
@@ -97,7 +102,7 @@ def tune_rival(market: QuotingEnv) -> tuple[float, float]:
         if parameters == rivals:
             break
         rivals = parameters
-        env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rivals)] * (market.num_makers - 1))
+        env = against(market, rivals)
         env.reset(seed=TUNING_SEED)
         parameters = _tune(NAMED_MAKER, env, rivals, globally=rivals == start)
     return rivals
@@ -128,13 +133,17 @@ def _tune(name: str, env: AgainstRivals, start: Sequence[float], globally: bool 
     return (*start[:first], *tune(env, family, max(starts, key=value), COARSE_TO_FINE), *start[last:])
 
 
-def tune_makers(env: AgainstRivals, start: tuple[float, float]) -> Parameters:
-    """Parameters of every classical maker, tuned in the seat of `env`, from the risk aversion and k of `start`."""
+def tune_makers(market: QuotingEnv, start: tuple[float, float], rival: tuple[float, ...]) -> Parameters:
+    """Parameters of every classical maker, tuned against `rival` from risk aversion and k of `start`; and rival's."""
+    env = against(market, rival)
     env.reset(seed=TUNING_SEED)
-    found = {CONSTANT_SPREAD: _tune(CONSTANT_SPREAD, env, (1.2,)), NAMED_MAKER: _tune(NAMED_MAKER, env, start, True)}
+    found = {
+        RIVAL: rival,
+        CONSTANT_SPREAD: _tune(CONSTANT_SPREAD, env, (1.2,)),
+        NAMED_MAKER: _tune(NAMED_MAKER, env, start, True),
+    }
     found[GLFT] = _tune(GLFT, env, (5.0 * start[0], start[1]), True)
     found[STRONGEST_MAKER] = _tune(STRONGEST_MAKER, env, (*found[GLFT], 0.15))
-    market = env.env
     if isinstance(market.dynamics, GBM) and market.risk_aversion > 0:
         found[INVENTORY_DP] = _tune(INVENTORY_DP, env, (2.0 * market.risk_aversion, 0.2, 0.05))
     return found
@@ -168,16 +177,14 @@ def classical_makers(market: QuotingEnv, rival_spread: float = 1.0, rival_risk_a
         return assemble(market, known["parameters"], origin)
     risk_aversion, k = known["parameters"][RIVAL][:2] if known else tune_rival(market)
     rival = (rival_risk_aversion * risk_aversion, k, rival_spread)
-    env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, *rival)] * (market.num_makers - 1))
-    parameters = {**tune_makers(env, (risk_aversion, k)), RIVAL: rival}
+    parameters = tune_makers(market, (risk_aversion, k), rival)
     return assemble(market, parameters, f"tuned on {market.num_envs:,} episodes of seed {TUNING_SEED}")
 
 
 def assemble(market: QuotingEnv, parameters: Mapping[str, Sequence[float]], origin: str) -> Makers:
     """The makers with these parameters, the rival's among them, in this market."""
     parameters = {name: tuple(values) for name, values in parameters.items()}
-    rival = baselines.avellaneda_stoikov(market, *parameters[RIVAL])
-    env = AgainstRivals(market, [rival] * (market.num_makers - 1))
+    env = against(market, parameters[RIVAL])
     policies = {name: _policy(name, env, values) for name, values in parameters.items() if name != RIVAL}
     return Makers(env, policies, parameters, origin)
 
@@ -221,7 +228,7 @@ def edge_error(env: AgainstRivals, policy: Policy) -> float:
     observation, _ = env.replay()
     for _ in range(env.num_steps):
         observation, *_ = env.step(policy(observation))
-        rivals = market.edges[:, market.rivals[env.seat]].transpose(1, 2)
+        rivals = market.edges[:, env.other_seats].transpose(1, 2)
         best = optimum.best_response(rivals, market.choice_sensitivity, market.reference_edge)
         total += float((market.edges[:, env.seat] / best - 1.0).abs().mean())
     return total / env.num_steps
@@ -285,8 +292,7 @@ def rival_sweep(
     variants = [("half-spread", x, (risk_aversion, k, x * spread)) for x in SPREADS]
     variants += [("risk aversion", x, (x * risk_aversion, k, spread)) for x in RISK_AVERSIONS]
     for what, multiple, arguments in variants:
-        rival = baselines.avellaneda_stoikov(market, *arguments)
-        env = AgainstRivals(market, [rival] * (market.num_makers - 1), contest.env.seat)
+        env = against(market, arguments)
         sweep[what][multiple] = {
             name: float(play(env, contest.policies[name])["objective_centred"].mean()) for name in names
         }

@@ -351,7 +351,7 @@ def optimal_quotes(
     quoted = []
     for t in range(market.num_steps):
         still.observe_at(t)
-        quoted.append(still.env.edges[0, still.env.rivals[env.seat]].T)
+        quoted.append(still.env.edges[0, env.other_seats].T)
     quoted = torch.stack(quoted).cpu().double()  # (num_steps, 2, rivals)
 
     x = torch.linspace(-60, 60, 1201, dtype=torch.float64) * vega[0].mean()
@@ -372,8 +372,7 @@ def optimal_quotes(
                 cost[side] = fill_cost - change / vega[t].sum()
                 rivals = quoted[t, side].expand(len(x), -1)
                 edge = best_response(rivals, k, market.reference_edge, cost[side])
-                picked = torch.exp(-k * (edge - market.reference_edge))
-                picked = picked / (1.0 + picked + torch.exp(-k * (rivals - market.reference_edge)).sum(-1))
+                picked = 1.0 - 1.0 / (k * (edge - cost[side]))  # the first-order condition, solved for P
                 value = value + market.arrival_rate / substeps * picked * (edge - cost[side]) * vega[t].sum()
         costs.append(torch.stack(cost, -1))
     return OptimalQuotes(env, float(at(value, torch.zeros(1))), x, torch.stack(costs[::-1]), band)

@@ -154,12 +154,8 @@ class QuotingEnv(VectorEnv):
             raise ValueError(f"expiry is {expiry} (whole steps, at least num_steps = {num_steps})")
         if len(moneyness) == 0 or not all(abs(z) <= 5 for z in moneyness):
             raise ValueError(f"moneyness is {list(moneyness)} (one or more, each at least -5, at most 5)")
-        self.num_envs, self.num_makers, self.num_steps, self.num_options = (
-            num_envs,
-            num_makers,
-            num_steps,
-            len(moneyness),
-        )
+        self.num_envs, self.num_makers, self.num_steps = num_envs, num_makers, num_steps
+        self.num_options = len(moneyness)
         self.dynamics = dynamics if dynamics is not None else Heston(dt=1 / 504)
         self.expiry, self.initial_spot, self.arrival_rate = expiry, float(spot), float(arrival_rate)
         self.choice_sensitivity, self.reference_edge = float(choice_sensitivity), float(reference_edge)
@@ -258,7 +254,7 @@ class QuotingEnv(VectorEnv):
         self.vega = VOL_POINT * vega  # per vol point
         self.total_vega = self.vega.sum(-1)
         # ∂mark/∂v = 100 · vega · ∂σ/∂v, the same ∂σ/∂v for all options
-        self.volatility_slope = variance_slope(self.dynamics, steps_left) / (2.0 * self.volatility * VOL_POINT)
+        self.volatility_slope = volatility_slope(self.dynamics, self.volatility, steps_left)
         mean, self.next_variance_variance = self.dynamics.next_variance_moments(self.variance)
         self.variance_surprise = self.variance[1:] - mean[:-1]
         self.covariance = self.dynamics.return_volatility_covariance(self.variance) * self.variance * dt
@@ -313,6 +309,12 @@ class QuotingEnv(VectorEnv):
             observation[:, split : split + self.num_options],
         )  # fmt: skip
 
+    @staticmethod
+    def to_edges(actions: Tensor) -> Tensor:
+        """Actions (…, 4) → edges of the ask and of the bid (…, 2), vol points."""
+        half_spread, skew = actions[..., 0], actions[..., 1]
+        return torch.stack((half_spread + skew, half_spread - skew), -1)
+
     def choice_probabilities(self, edges: Tensor) -> Tensor:
         """P(a taker picks each maker): edges (n, num_makers, 2) in vol points → the same shape; the rest walk away."""
         utility = -self.choice_sensitivity * (edges - self.reference_edge)
@@ -320,9 +322,8 @@ class QuotingEnv(VectorEnv):
 
     def _fills(self, edges: Tensor, probabilities: Tensor) -> Tensor:
         """Number of takers who trade with each maker, (n, num_makers, 2, num_options)."""
-        order = edges.argsort(
-            dim=1, stable=True
-        )  # the best price has the first interval of marks, the next the second, …
+        # The best price has the first interval of marks, the next the second, …
+        order = edges.argsort(dim=1, stable=True)
         bounds = probabilities.gather(1, order).cumsum(1)[..., None, None]
         below = (self.marks[self.t][:, None] < bounds).sum(-1, dtype=self.dtype)
         served = below.diff(dim=1, prepend=torch.zeros_like(below[:, :1]))
@@ -346,8 +347,8 @@ class QuotingEnv(VectorEnv):
         if self.device.type == "cpu":
             self._check(actions)
         t, spot, position = self.t, self.spot[self.t][:, None], self.position
-        half_spread, skew, target, band = actions.unbind(-1)
-        self.edges = edges = torch.stack((half_spread + skew, half_spread - skew), -1)
+        half_spread, _, target, band = actions.unbind(-1)
+        self.edges = edges = self.to_edges(actions)
         probabilities = self.choice_probabilities(edges)
         fills = self._fills(edges, probabilities)
         income = ((fills * self.vega[t][:, None, None]).sum(-1) * edges).sum(-1)
@@ -436,6 +437,11 @@ def variance_slope(dynamics: Dynamics, steps_left: Tensor) -> Tensor:
     return average(zero + 1.0, steps_left) - average(zero, steps_left)
 
 
+def volatility_slope(dynamics: Dynamics, volatility: Tensor, steps_left: Tensor) -> Tensor:
+    """∂σ/∂v of the mark's σ, vol points per unit of variance."""
+    return variance_slope(dynamics, steps_left) / (2.0 * volatility * VOL_POINT)
+
+
 def hedged_volatility_variance(dynamics: Dynamics, variance: Tensor, steps_left: Tensor) -> Tensor:
     """Variance rate of the implied volatility that no hedge with shares removes: α²(1 − ρ²), vol points² a year.
 
@@ -445,8 +451,7 @@ def hedged_volatility_variance(dynamics: Dynamics, variance: Tensor, steps_left:
     hedgeable = dynamics.return_volatility_covariance(variance) ** 2 * variance
     residual = (variance_of_variance / dynamics.dt - hedgeable).clamp(min=0)
     volatility = dynamics.expected_average_variance(variance, steps_left).sqrt()
-    slope = variance_slope(dynamics, steps_left) / (2.0 * volatility * VOL_POINT)
-    return residual * slope**2
+    return residual * volatility_slope(dynamics, volatility, steps_left) ** 2
 
 
 class AgainstRivals(VectorEnv):
@@ -468,6 +473,7 @@ class AgainstRivals(VectorEnv):
         if not 0 <= seat < env.num_makers:
             raise ValueError(f"seat is {seat} (at least 0, at most {env.num_makers - 1})")
         self.env, self.rivals, self.seat = env, list(rivals), seat
+        self.other_seats = [(seat + 1 + i) % env.num_makers for i in range(len(rivals))]
         self.num_envs, self.num_steps, self.device = env.num_envs, env.num_steps, env.device
         self.single_observation_space, self.single_action_space = env.maker_observation_space, env.maker_action_space
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, env.num_envs)
@@ -500,10 +506,8 @@ class AgainstRivals(VectorEnv):
         market = self.env
         market.replay()
         market.t = t
-        for i, policy in enumerate(self.rivals):
-            seat = (self.seat + 1 + i) % market.num_makers
-            half_spread, skew, *_ = policy(market.observe()[:, seat]).unbind(-1)
-            market.edges[:, seat] = torch.stack((half_spread + skew, half_spread - skew), -1)
+        for seat, policy in zip(self.other_seats, self.rivals, strict=True):
+            market.edges[:, seat] = market.to_edges(policy(market.observe()[:, seat]))
         middle = market.num_options // 2
         held = vega / market.vega[t, :, middle]
         market.position, market.holding = market.position.clone(), market.holding.clone()
@@ -525,8 +529,7 @@ class AgainstRivals(VectorEnv):
         """actions (n, 4) → observation (n, size), reward, terminated, truncated (n,), info of the seat."""
         everyone = [None] * self.env.num_makers
         everyone[self.seat] = actions
-        for i, policy in enumerate(self.rivals):
-            seat = (self.seat + 1 + i) % self.env.num_makers
+        for seat, policy in zip(self.other_seats, self.rivals, strict=True):
             everyone[seat] = policy(self.observations[:, seat])
         self.observations, reward, terminated, truncated, info = self.env.step(torch.stack(everyone, 1))
         info = {name: value[:, self.seat] for name, value in info.items()}
