@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from envs import HedgingEnv, benchmark, dynamics, figures, runs
 
@@ -43,6 +42,7 @@ class Args:
 
       python phase1_delta_hedge_ppo.py --dynamics garch --history-end 2010-12-31
       python phase1_delta_hedge_ppo.py --evaluate runs/NAME --dynamics historical
+      torchrun --nproc-per-node 2 phase1_delta_hedge_ppo.py    data-parallel; --num-envs is each process's
     """
 
     exp_name: str = Path(__file__).stem
@@ -152,9 +152,10 @@ def validate(args: Args) -> None:
         batch_size % args.num_minibatches == 0 and batch_size // args.num_minibatches > 1,
         f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size}, > 1 each)",
     )
-    runs.check_range(args, batch_size, 10**12, "total_timesteps")
+    runs.check_range(args, batch_size * runs.world_size(), 10**12, "total_timesteps")
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
     runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
+    runs.check(not (args.cudagraphs and runs.world_size() > 1), "--cudagraphs is for one process, not for torchrun")
 
 
 def make_dynamics(args: Args) -> dynamics.Dynamics:
@@ -284,7 +285,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     ratio = logratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        advantages = runs.standardise(advantages)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     value_loss = 0.5 * (values - batch.returns).square().mean()
@@ -313,9 +314,11 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
             loss, loss_parts = loss_function(agent, Batch(*(x[index] for x in batch)), args)
             optimizer.zero_grad()
             loss.backward()
+            runs.average_gradients(agent)  # over the processes of torchrun
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             parts.append(loss_parts)
+    runs.check_equal_parameters(agent)
     return torch.stack(parts).mean(0)
 
 
@@ -332,10 +335,11 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
         agent.parameters(), lr=torch.tensor(args.learning_rate, device=device), eps=1e-5, fused=True,
         capturable=device.type == "cuda",
     )  # fmt: skip
-    generator = torch.Generator(device).manual_seed(args.seed + EXPLORATION_SEED)  # also shuffles minibatches
-    env.generator.manual_seed(args.seed)  # the market
+    # Each process of torchrun has its own streams, of the market and of exploration, which also shuffles minibatches
+    generator = torch.Generator(device).manual_seed(runs.rank_seed(args.seed + EXPLORATION_SEED))
+    env.generator.manual_seed(runs.rank_seed(args.seed))
 
-    batch_size = args.num_envs * args.num_steps
+    batch_size = args.num_envs * args.num_steps * runs.world_size()
     num_iterations = args.total_timesteps // batch_size
     evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
     first, rows = 1, None
@@ -345,10 +349,10 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
             optimizer.load_state_dict(checkpoint["optimizer"])
             for group in optimizer.param_groups:  # read onto the CPU, where a captured update would not see it change
                 group["lr"] = group["lr"].to(device)
-            generator.set_state(checkpoint["generator"])
-            env.generator.set_state(checkpoint["market_generator"])
+            generator.set_state(checkpoint["generator"][runs.rank()])
+            env.generator.set_state(checkpoint["market_generator"][runs.rank()])
             first, rows = int(checkpoint["iteration"]) + 1, int(checkpoint["rows"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise runs.UsageError(f"{run_dir}: does not fit this script, or was made on another device") from None
     metrics = runs.MetricsFile(run_dir / "metrics.csv", METRICS, resume_from=rows)
 
@@ -356,7 +360,8 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
         if args.save_model:
             content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
             content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            content |= {"generator": generator.get_state(), "market_generator": env.generator.get_state()}
+            content |= {"generator": runs.gather(generator.get_state()), "world_size": runs.world_size()}
+            content |= {"market_generator": runs.gather(env.generator.get_state())}
             content |= {"tracker": tracker.id if tracker else None}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
@@ -373,13 +378,18 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
 
     if args.cudagraphs:
         iterate = runs.cuda_graph(iterate, agent, optimizer, [generator, env.generator])
-    progress = tqdm(total=num_iterations * batch_size, initial=(first - 1) * batch_size, unit="step", unit_scale=True)
+    progress = runs.progress_bar(num_iterations * batch_size, (first - 1) * batch_size)
     progress.set_description("gain over Black–Scholes —")
     clock, clock_steps = time.perf_counter(), 0
     for iteration in range(first, num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
-        losses = iterate()
+        try:
+            losses = iterate()
+        except runs.RankLost as error:
+            raise runs.DivergenceError(
+                f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
+            ) from None
         clock_steps += batch_size
         progress.update(batch_size)
         if iteration not in evaluations:
@@ -434,7 +444,7 @@ def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, steps: int
 
 def start_tracker(args: Args, run_dir: Path, run_id: str | None):
     """Weights & Biases, or None. Online or offline as WANDB_MODE says."""
-    if not args.track:
+    if not args.track or runs.rank() > 0:
         return None
     import wandb  # only here: a run without --track needs no account and no import
 
@@ -490,18 +500,19 @@ def load_agent(args: Args, checkpoint: dict, env: HedgingEnv) -> Agent:
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("rows", "optimizer", "generator", "market_generator", "tracker")
+    resume_needs = ("rows", "optimizer", "generator", "market_generator", "world_size", "tracker")
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)
     model = make_dynamics(args)
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = runs.join_ranks(args.cuda)
     name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:
         agent = load_agent(args, checkpoint, make_env(args, model, 1, device))
         trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-        steps = trained.num_envs * trained.num_steps * checkpoint["iteration"]
+        batch_size = trained.num_envs * trained.num_steps * checkpoint.get("world_size", 1)
+        steps = batch_size * checkpoint["iteration"]
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)
@@ -509,6 +520,8 @@ def main(argv) -> bool:
     print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
     if args.evaluate is None:
         agent, steps = train(args, model, run_dir, device, checkpoint, tracker)
+    if runs.rank() > 0:
+        return True  # the first process benchmarks
     result = run_benchmark(args, model, agent, steps, run_dir, device)
     print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")
     if tracker:

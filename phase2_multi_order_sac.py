@@ -196,6 +196,7 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, args.total_timesteps, "learning_starts")
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
     runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
+    runs.check(runs.world_size() == 1, "torchrun trains phases 1, 3 and 4; this one learns in one process")
 
 
 def make_dynamics(args: Args) -> dynamics.Dynamics:

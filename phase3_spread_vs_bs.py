@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from envs import AgainstRivals, QuotingEnv, benchmark, dynamics, figures, makers, quoting, runs
 
@@ -44,6 +43,7 @@ class Args:
       python phase3_spread_vs_bs.py --resume runs/NAME      go on where a run stopped
       python phase3_spread_vs_bs.py --evaluate runs/NAME --dynamics merton
       python phase3_spread_vs_bs.py --evaluate runs/NAME --rival-spread 0.7
+      torchrun --nproc-per-node 2 phase3_spread_vs_bs.py    data-parallel; --num-envs is each process's
 
     Where the answer is known exactly, without risk aversion and cost:
 
@@ -186,9 +186,10 @@ def validate(args: Args) -> None:
         batch_size % args.num_minibatches == 0 and batch_size // args.num_minibatches > 1,
         f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size}, > 1 each)",
     )
-    runs.check_range(args, batch_size, 10**12, "total_timesteps")
+    runs.check_range(args, batch_size * runs.world_size(), 10**12, "total_timesteps")
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
     runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
+    runs.check(not (args.cudagraphs and runs.world_size() > 1), "--cudagraphs is for one process, not for torchrun")
 
 
 def make_dynamics(args: Args) -> dynamics.Dynamics:
@@ -334,7 +335,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     ratio = logratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        advantages = runs.standardise(advantages)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     value_loss = 0.5 * (values - batch.returns).square().mean()
@@ -363,9 +364,11 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
             loss, loss_parts = loss_function(agent, Batch(*(x[index] for x in batch)), args)
             optimizer.zero_grad()
             loss.backward()
+            runs.average_gradients(agent)  # over the processes of torchrun
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             parts.append(loss_parts)
+    runs.check_equal_parameters(agent)
     return torch.stack(parts).mean(0)
 
 
@@ -382,10 +385,11 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
         agent.parameters(), lr=torch.tensor(args.learning_rate, device=device), eps=1e-5, fused=True,
         capturable=device.type == "cuda",
     )  # fmt: skip
-    generator = torch.Generator(device).manual_seed(args.seed + EXPLORATION_SEED)  # also shuffles minibatches
-    env.generator.manual_seed(args.seed)  # the market
+    # Each process of torchrun has its own streams, of the market and of exploration, which also shuffles minibatches
+    generator = torch.Generator(device).manual_seed(runs.rank_seed(args.seed + EXPLORATION_SEED))
+    env.generator.manual_seed(runs.rank_seed(args.seed))
 
-    batch_size = args.num_envs * args.num_steps
+    batch_size = args.num_envs * args.num_steps * runs.world_size()
     num_iterations = args.total_timesteps // batch_size
     evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
     first, rows = 1, None
@@ -395,10 +399,10 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
             optimizer.load_state_dict(checkpoint["optimizer"])
             for group in optimizer.param_groups:  # read onto the CPU, where a captured update would not see it change
                 group["lr"] = group["lr"].to(device)
-            generator.set_state(checkpoint["generator"])
-            env.generator.set_state(checkpoint["market_generator"])
+            generator.set_state(checkpoint["generator"][runs.rank()])
+            env.generator.set_state(checkpoint["market_generator"][runs.rank()])
             first, rows = int(checkpoint["iteration"]) + 1, int(checkpoint["rows"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise runs.UsageError(f"{run_dir}: does not fit this script, or was made on another device") from None
     metrics = runs.MetricsFile(run_dir / "metrics.csv", METRICS, resume_from=rows)
 
@@ -406,7 +410,8 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
         if args.save_model:
             content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
             content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            content |= {"generator": generator.get_state(), "market_generator": env.generator.get_state()}
+            content |= {"generator": runs.gather(generator.get_state()), "world_size": runs.world_size()}
+            content |= {"market_generator": runs.gather(env.generator.get_state())}
             content |= {"tracker": tracker.id if tracker else None, "makers": classics.parameters}
             content |= {"origin": classics.origin}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
@@ -424,7 +429,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
 
     if args.cudagraphs:
         iterate = runs.cuda_graph(iterate, agent, optimizer, [generator, env.generator])
-    progress = tqdm(total=num_iterations * batch_size, initial=(first - 1) * batch_size, unit="step", unit_scale=True)
+    progress = runs.progress_bar(num_iterations * batch_size, (first - 1) * batch_size)
     progress.set_description("gain over Avellaneda–Stoikov —")
     clock, clock_steps = time.perf_counter(), 0
     for iteration in range(first, num_iterations + 1):
@@ -432,7 +437,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
         try:
             losses = iterate()
-        except quoting.BadQuote as error:  # they are NaN
+        except (quoting.BadQuote, runs.RankLost) as error:  # quotes that are NaN; a process of torchrun that died
             raise runs.DivergenceError(
                 f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
             ) from None
@@ -500,7 +505,7 @@ def run_benchmark(args: Args, classics: makers.Makers, agent: Agent, steps: int,
 
 def start_tracker(args: Args, run_dir: Path, run_id: str | None):
     """Weights & Biases, or None. Online or offline as WANDB_MODE says."""
-    if not args.track:
+    if not args.track or runs.rank() > 0:
         return None
     import wandb  # only here: a run without --track needs no account and no import
 
@@ -556,12 +561,12 @@ def load_agent(args: Args, checkpoint: dict, market: QuotingEnv) -> Agent:
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("rows", "optimizer", "generator", "market_generator", "tracker", "makers", "origin")
+    resume_needs = ("rows", "optimizer", "generator", "market_generator", "world_size", "tracker", "makers", "origin")
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)
     model = make_dynamics(args)
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = runs.join_ranks(args.cuda)
     fitted = model.garch if args.dynamics == "historical" else model  # what the makers know
     market = make_market(args, fitted, args.tuning_episodes, device)
     for flag, rows in (("--num-envs", max(args.num_envs, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
@@ -571,7 +576,8 @@ def main(argv) -> bool:
     if args.evaluate is not None:
         agent = load_agent(args, checkpoint, market)
         trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-        steps = trained.num_envs * trained.num_steps * checkpoint["iteration"]
+        batch_size = trained.num_envs * trained.num_steps * checkpoint.get("world_size", 1)
+        steps = batch_size * checkpoint["iteration"]
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)
@@ -589,6 +595,8 @@ def main(argv) -> bool:
         classics = makers.classical_makers(market, args.rival_spread, args.rival_risk_aversion)
     if args.evaluate is None:
         agent, steps = train(args, classics, run_dir, device, checkpoint, tracker)
+    if runs.rank() > 0:
+        return True  # the first process benchmarks
     result = run_benchmark(args, classics, agent, steps, run_dir, model)
     print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")
     if tracker:

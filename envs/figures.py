@@ -1,6 +1,7 @@
 """Figures that every phase draws: each explains itself (title, units, baseline and optimum drawn in)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +12,9 @@ from matplotlib.figure import Figure
 from envs.baselines import Policy
 from envs.benchmark import BENCHMARK_SEED, NAMED, VALIDATION_SEED, Contest, play
 from envs.hedging import NET_DELTA, REFERENCE_VOLATILITY, HedgingEnv
+from envs.league import Competition, CrossPlay
 from envs.makers import GLFT, NAMED_MAKER, STRONGEST_MAKER
-from envs.quoting import ASK, BID
+from envs.quoting import ASK, BID, AgainstRivals
 from envs.runs import read_metrics
 
 AGENT, BASELINE, OPTIMUM, OTHER = "#1f5fbf", "#c23b22", "#2a8f4f", "#8a8a8a"
@@ -300,7 +302,7 @@ def _edges(policy: Policy, observation: torch.Tensor) -> tuple[np.ndarray, np.nd
     return (offset - half_width).cpu().numpy(), (offset + half_width).cpu().numpy()
 
 
-def quoting_report(folder: Path, title: str, contest: Contest, sweep: Mapping) -> None:
+def quoting_report(folder: Path, title: str, contest: Contest, sweep: Mapping | None = None) -> None:
     """The figures of a quoting benchmark: training (if there is a metrics.csv), quotes, an episode, P&L, rivals."""
     policies, played, best = contest.policies, contest.played, contest.best
     colours = {NAMED_MAKER: BASELINE, GLFT: OTHER, STRONGEST_MAKER: OTHER}
@@ -319,7 +321,8 @@ def quoting_report(folder: Path, title: str, contest: Contest, sweep: Mapping) -
     pnls = {name: (played[name]["pnl"], colour) for name, colour in drawn.items()}
     episodes = len(played["agent"]["pnl"])
     pnl_distributions(folder / "pnl.png", pnls, f"{title}: P&L on the same {episodes:,} episodes")
-    rival_sweep(folder / "rival_sweep.png", sweep, {**drawn, STRONGEST_MAKER: colours[STRONGEST_MAKER]}, title)
+    if sweep is not None:
+        rival_sweep(folder / "rival_sweep.png", sweep, {**drawn, STRONGEST_MAKER: colours[STRONGEST_MAKER]}, title)
 
 
 @torch.no_grad()
@@ -363,7 +366,9 @@ def learnt_quotes(path: Path, contest: Contest, colours: Mapping[str, str], titl
 
 
 @torch.no_grad()
-def quoting_episode(path: Path, contest: Contest, colours: Mapping[str, str], title: str) -> None:
+def quoting_episode(
+    path: Path, contest: Contest, colours: Mapping[str, str], title: str, rival_name: str = "rival"
+) -> None:
     """One simulated episode: quotes and fills of agent and rival, their inventories, the hedge, the wealth."""
     env = contest.env.like(1)
     market, seat = env.env, env.seat
@@ -380,7 +385,7 @@ def quoting_episode(path: Path, contest: Contest, colours: Mapping[str, str], ti
             wealth[name].append(market.wealth[0, seat].item())
             if name == "agent":
                 edges.append(market.edges[0, [seat, rival]].cpu().numpy())
-                fills.append([info["sold"].item(), info["bought"].item()])
+                fills.append(market.fills[0, [seat, rival]].sum(-1).cpu().numpy())
                 vegas.append((market.position[0, [seat, rival]] * market.vega[t, 0]).sum(-1).cpu().numpy())
                 net.append(info["net_delta"].item())
                 centre, half_width = action[0, 2].item(), max(action[0, 3].item(), 0.0)
@@ -388,14 +393,15 @@ def quoting_episode(path: Path, contest: Contest, colours: Mapping[str, str], ti
     edges, fills, vegas, bands = (np.array(x) for x in (edges, fills, vegas, bands))
     figure, axes = _new(2, 2, (14, 8), sharex=True)
     (quotes, inventory), (hedge, money) = axes
-    for i, (who, colour, line) in enumerate((("agent", AGENT, "-"), ("rival", BASELINE, "--"))):
+    for i, (who, colour, line) in enumerate((("agent", AGENT, "-"), (rival_name, BASELINE, "--"))):
         quotes.step(steps, edges[:, i, ASK], line, where="mid", color=colour, label=f"{who}: ask and bid")
         quotes.step(steps, -edges[:, i, BID], line, where="mid", color=colour)
         inventory.plot(steps, vegas[:, i], line, color=colour, label=who)
-    for side, sign, marker, label in ((ASK, 1, "^", "sold by the agent"), (BID, -1, "v", "bought by the agent")):
-        some = fills[:, side] > 0
-        level = sign * edges[some, 0, side]
-        quotes.scatter(steps[some], level, 18 * fills[some, side], marker=marker, color=AGENT, alpha=0.5, label=label)
+    for i, (who, colour) in enumerate((("agent", AGENT), (rival_name, BASELINE))):
+        for side, sign, marker, verb in ((ASK, 1, "^", "sells"), (BID, -1, "v", "buys")):
+            some = fills[:, i, side] > 0
+            style = {"marker": marker, "color": colour, "alpha": 0.5, "label": f"{who} {verb}"}
+            quotes.scatter(steps[some], sign * edges[some, i, side], 18 * fills[some, i, side], **style)
     quotes.axhline(0.0, color="black", linewidth=0.8)
     quotes.set(title="quotes around the mark, and fills (area: options)", ylabel="vol points")
     inventory.axhline(0.0, color="black", linewidth=0.8)
@@ -406,7 +412,8 @@ def quoting_episode(path: Path, contest: Contest, colours: Mapping[str, str], ti
     hedge.set(title="the agent's hedge", ylabel="net delta (shares)", xlabel="step")
     for name, colour in colours.items():
         money.plot(np.arange(env.num_steps + 1), wealth[name], color=colour, label=f"{name}: {wealth[name][-1]:.2f}")
-    money.set(title="wealth of each in the same seat, with the same takers", ylabel="currency", xlabel="step")
+    title_of_money = "wealth of each in the same seat, with the same takers" if len(colours) > 1 else "wealth"
+    money.set(title=title_of_money, ylabel="currency", xlabel="step")
     for axis in axes.flat:
         axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=8)
     figure.suptitle(f"{title}: one episode")
@@ -429,5 +436,100 @@ def rival_sweep(path: Path, sweep: Mapping, colours: Mapping[str, str], title: s
         axis.minorticks_off()
     panels[0].legend(frameon=False, fontsize=9)
     figure.suptitle(f"{title}: against other rivals")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def selfplay_report(folder: Path, title: str, contest: Contest, league: CrossPlay, compete: Competition) -> None:
+    """The figures of self-play: those of a quoting benchmark, cross-play, the edge over training, an episode of the
+    agent among its likes, market shares."""
+    quoting_report(folder, title, contest)
+    cross_play(folder / "cross_play.png", league, title)
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:
+        edge_over_training(
+            folder / "edge_over_training.png", {"this run": curve}, compete.nash, compete.monopoly, title
+        )
+    policy, market = contest.policies["agent"], contest.env.env
+    mirror = AgainstRivals(market, [policy] * (market.num_makers - 1))
+    name = "selfplay_episode.png"
+    quoting_episode(folder / name, replace(contest, env=mirror), {"agent": AGENT}, title, "its like")
+    market_shares(folder / "market_shares.png", league, market.num_makers, title)
+
+
+def cross_play(path: Path, league: CrossPlay, title: str) -> None:
+    """Heat map of every policy's objective against every other, and the ratings."""
+    size = len(league.names)
+    figure, (heat, bars) = _new(1, 2, (7.5 + 0.75 * size, 2.4 + 0.5 * size), width_ratios=(2.2, 1))
+    means = league.objective.mean(-1)
+    # Objectives differ more between columns (how tough a rival is) than between rows (how good one is): colours by row
+    lead = means - means[league.names.index("agent")]
+    of_snapshots = [name.startswith("step ") for name in league.names]
+    most = float(np.abs(lead[of_snapshots]).max(initial=1e-6))  # so that what changes in training can be seen
+    image = heat.imshow(lead, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    for i in range(size):
+        for j in range(size):
+            colour = "white" if abs(lead[i, j]) > 0.7 * most else "black"
+            heat.text(j, i, f"{means[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    heat.set_xticks(range(size), league.names, rotation=35, ha="right")
+    heat.set_yticks(range(size), league.names)
+    heat.grid(False)
+    heat.set(xlabel="rivals", title="objective (currency) of the row against the column")
+    figure.colorbar(image, ax=heat, label="above what the agent earns there", extend="both", pad=0.02)
+    colours = [AGENT if name == "agent" or name.startswith("step ") else BASELINE for name in league.names]
+    bars.barh(range(size), league.ratings, color=colours)
+    bars.axvline(0.0, color="black", linewidth=0.8)
+    bars.invert_yaxis()
+    bars.set_yticks(range(size), [])
+    for i, rating in enumerate(league.ratings):
+        bars.text(max(rating, 0.0), i, f" {rating:+.2f}", va="center", fontsize=8)
+    bars.margins(x=0.2)
+    title_of_bars = f"rating ({100 * league.intransitivity:.2f} % of the margins intransitive)"
+    bars.set(title=title_of_bars, xlabel="earned above the average policy, same rivals (currency)")
+    figure.suptitle(f"{title}: cross-play")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def edge_over_training(path: Path, curves: Mapping[str, list[dict]], nash: float, monopoly: float, title: str) -> None:
+    """Mean half-spread of the agent among its likes over training: label → rows of metrics.csv, of one run each."""
+    figure, axes = _new()
+    shades = (AGENT, BASELINE, OTHER, "#b8860b", "#6a3d9a", "#008b8b")
+    for (label, curve), colour in zip(curves.items(), shades, strict=False):
+        steps = [row["global_step"] / 1e6 for row in curve]
+        edges = [row["charts/selfplay_half_spread"] for row in curve]
+        axes.plot(steps, edges, color=colour, marker=".", label=label)
+    axes.axhline(nash, color=OPTIMUM, linestyle="-", label=f"Nash without risk and costs ({nash:.3f})")
+    axes.axhline(monopoly, color="black", linestyle=":", label=f"monopoly without risk and costs ({monopoly:.3f})")
+    axes.set(xlabel="environment steps (millions)", ylabel="mean half-spread, all makers alike (vol points)")
+    axes.legend(frameon=True, edgecolor="none", framealpha=0.8, loc="best", fontsize=9)
+    axes.set_title(f"{title}:\ndo makers that learn from each other compete or collude?", fontsize=10)
+    _save(figure, path)
+
+
+def market_shares(path: Path, league: CrossPlay, num_makers: int, title: str) -> None:
+    """Who gets the takers: the agent, its rivals, nobody, for every kind of rival; and how that came with training."""
+    figure, (rivals, training) = _new(1, 2, (14, 0.45 * len(league.names) + 2.2), width_ratios=(1.5, 1))
+    agent, names = league.names.index("agent"), league.names
+    own, others = 100 * league.share[agent], 100 * league.others_share[agent]
+    rows = np.arange(len(names))
+    rivals.barh(rows, own, color=AGENT, label="the agent")
+    rivals.barh(rows, others, left=own, color=BASELINE, label="its rivals" if num_makers > 2 else "its rival")
+    rivals.barh(rows, 100 - own - others, left=own + others, color=OTHER, alpha=0.5, label="walk away")
+    rivals.set_yticks(rows, names)
+    rivals.invert_yaxis()
+    rivals.set(xlabel="share of the takers (%)", ylabel="rivals", title="the agent against …")
+    snapshots = [name for name in names if name.startswith("step ")] + ["agent"]
+    where = [names.index(name) for name in snapshots]
+    for name, colour, line in ((NAMED_MAKER, BASELINE, "s--"), (STRONGEST_MAKER, OTHER, "^:"), ("agent", AGENT, "o-")):
+        column = names.index(name)
+        share = league.share[where, column] / (league.share[where, column] + league.others_share[where, column])
+        training.plot(range(len(where)), 100 * share, line, color=colour, label=f"against {name}")
+    training.axhline(100 / num_makers, color="black", linewidth=0.8, label="an equal part")
+    training.set_xticks(range(len(where)), snapshots, rotation=20, ha="right")
+    training.set(ylabel="share of all trades (%)", title="market share of each snapshot")
+    for axis in (rivals, training):
+        axis.legend(frameon=True, edgecolor="none", framealpha=0.8, loc="best", fontsize=8)
+    figure.suptitle(f"{title}: market shares")
     figure.tight_layout()
     _save(figure, path)

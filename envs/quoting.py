@@ -200,13 +200,20 @@ class QuotingEnv(VectorEnv):
         """Draws the whole market of an episode, takers and their marks included. Returns observation, empty info.
 
         The same seed gives the same market, whatever the policies; row i does not depend on `num_envs`.
+
+        Args:
+            options: `copies` (1 unless given, must divide `num_envs`): so many neighbouring rows get the same market,
+                takers included, so that what differs between them is what the makers do.
         """
+        copies = (options or {}).get("copies", 1)
+        if not (copies >= 1 and self.num_envs % copies == 0):
+            raise ValueError(f"copies is {copies} (at least 1, must divide num_envs = {self.num_envs})")
         mask = (options or {}).get("reset_mask")
         if mask is not None and not np.all(mask):
             raise ValueError("all environments end together: reset_mask must be all True")
         if seed is not None:
             self.generator.manual_seed(seed)
-        n, steps, per_step = self.num_envs, self.num_steps, self.dynamics.noise_size
+        n, steps, per_step = self.num_envs // copies, self.num_steps, self.dynamics.noise_size
         noise = draw_noise(n, self.noise_size, self.generator, self.dtype)
         of_market, of_flow, of_takers = noise.split(
             (steps * per_step, steps, noise.shape[1] - steps * (per_step + 1)), 1
@@ -219,7 +226,10 @@ class QuotingEnv(VectorEnv):
         gaps = normal_cdf(of_takers).clamp_(min=torch.finfo(self.dtype).tiny).log_().neg_()
         marks = gaps.view(n, steps, 2, self.num_options, self.max_takers).cumsum(-1)
         marks.div_(intensity[..., None, None])
-        self.set_market(spot, variance, intensity, marks)
+        market = (spot, variance, intensity, marks)
+        if copies > 1:
+            market = (x.repeat_interleave(copies, 0) for x in market)
+        self.set_market(*market)
         return self.replay()
 
     def _autoregression(self, noise: Tensor) -> Tensor:
@@ -350,7 +360,7 @@ class QuotingEnv(VectorEnv):
         half_spread, _, target, band = actions.unbind(-1)
         self.edges = edges = self.to_edges(actions)
         probabilities = self.choice_probabilities(edges)
-        fills = self._fills(edges, probabilities)
+        self.fills = fills = self._fills(edges, probabilities)
         income = ((fills * self.vega[t][:, None, None]).sum(-1) * edges).sum(-1)
         expected_income = (probabilities * self.intensity[t][:, None] * edges).sum(-1) * self.total_vega[t][:, None]
         bought = fills[:, :, BID] - fills[:, :, ASK]

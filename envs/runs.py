@@ -1,7 +1,8 @@
 """The run folder and the manners of a command: arguments checked, files written whole, checkpoints read safely.
 
 Everything here is the same for every phase. Exit codes: 0 benchmark passed, 1 benchmark failed, 2 bad input, 3 an error
-or a run that diverged, 130 Ctrl-C.
+or a run that diverged, 130 Ctrl-C. At the end what `torchrun` needs: its processes, ranks, train one agent together, and
+only rank 0 prints and writes.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
@@ -18,7 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import tyro
+from tqdm import tqdm
 
 
 class UsageError(ValueError):
@@ -27,6 +31,10 @@ class UsageError(ValueError):
 
 class DivergenceError(RuntimeError):
     """A loss, reward or parameter that is NaN or infinite. Its message names it, the step and the last checkpoint."""
+
+
+class RankLost(DivergenceError):
+    """Another process of this torchrun has died or was stopped, and training cannot go on without it."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -104,6 +112,8 @@ def parse_command(args_class: type, argv: Sequence[str], phase: str, resume_need
         for name in sorted(set(vars(args)) - {"resume", "track", "wandb_project_name", "wandb_entity"}):
             new, old = getattr(args, name), getattr(saved, name)
             check(new == old, f"--{name.replace('_', '-')} is {new}, but the run to resume has {old}")
+        before = world_size() if checkpoint is None else checkpoint.get("world_size", 1)
+        check(before == world_size(), f"{args.resume}: was trained by {before} processes, not {world_size()}")
     return args, checkpoint
 
 
@@ -145,18 +155,23 @@ def run(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> None:
     try:
         code = 0 if main(argv) else 1
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank() == 0:  # all of them say the same
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except DivergenceError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 3
     except KeyboardInterrupt:
-        print("interrupted; continue with --resume and the run folder", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted; continue with --resume and the run folder", file=sys.stderr)
         code = 130
     except Exception:
         traceback.print_exc()
         code = 3
     sys.stdout.flush()
+    sys.stderr.flush()
+    if world_size() > 1 and code not in (0, 1):
+        os._exit(code)  # not to wait for ranks that wait for this one
     sys.exit(code)
 
 
@@ -169,9 +184,10 @@ def replacing(path: Path):
 
 
 def write_json(path: Path, content) -> None:
-    """Writes `content` as JSON, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes `content` as JSON, atomically, on rank 0."""
+    if rank() == 0:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class MetricsFile:
@@ -184,10 +200,12 @@ class MetricsFile:
         kept = read_metrics(path, raw=True)[:resume_from] if resume_from else []
         check(len(kept) == (resume_from or 0), f"{path}: {len(kept)} rows, but the checkpoint has seen {resume_from}")
         self.rows = len(kept)
-        with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(kept)
+        if rank() == 0:
+            with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fields)
+                writer.writeheader()
+                writer.writerows(kept)
+        path = path if rank() == 0 else Path(os.devnull)
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         self.writer = csv.DictWriter(self.file, fields, restval="nan")
 
@@ -198,9 +216,10 @@ class MetricsFile:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Writes `content` (tensors, numbers, strings, and lists and dicts of them) to `path` atomically."""
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    """Writes `content` (tensors, numbers, strings, and lists and dicts of them) to `path` atomically, on rank 0."""
+    if rank() == 0:
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
 
 
 def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) -> dict:
@@ -260,7 +279,16 @@ def check_memory(num_bytes: int, device: torch.device, what: str) -> None:
 
 
 def new_folder(path: Path) -> Path:
-    """Creates `path`, or `path-2`, `path-3` … if it exists (two runs may start in the same second)."""
+    """Creates `path`, or `path-2`, `path-3` … if it exists (two runs may start in the same second).
+
+    Under torchrun rank 0 does, and the others learn its name."""
+    if rank() > 0:
+        return _collective(lambda: _from_rank_0(None))
+    folder = _new_folder(path)
+    return folder if world_size() == 1 else _collective(lambda: _from_rank_0(folder))
+
+
+def _new_folder(path: Path) -> Path:
     candidate, n = path, 1
     while True:
         try:
@@ -310,3 +338,119 @@ def cuda_graph(function: Callable, module: torch.nn.Module, optimizer, generator
         return output
 
     return replay
+
+
+# DATA-PARALLEL TRAINING, as torchrun starts it
+
+
+def rank() -> int:
+    """Which process of this torchrun this is: 0, the one that prints and writes, without torchrun."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def world_size() -> int:
+    """How many processes torchrun has started; 1 without."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def progress_bar(total: int, initial: int = 0) -> tqdm:
+    """A bar over environment steps, on rank 0."""
+    return tqdm(total=total, initial=initial, unit="step", unit_scale=True, disable=rank() > 0)
+
+
+def rank_seed(seed: int) -> int:
+    """Seed of this rank's own stream of random numbers; `seed` itself on rank 0."""
+    return seed + 10_000_000 * rank()  # beyond every seed of training and benchmark
+
+
+def join_ranks(cuda: bool) -> torch.device:
+    """The device of this process: a GPU if `cuda` and there is one, each rank its own, else the CPU.
+
+    Under torchrun the processes meet here (nccl on GPUs, gloo on CPUs), and the output of all but rank 0 is dropped.
+
+    Raises:
+        UsageError: more processes than GPUs.
+    """
+    cuda = cuda and torch.cuda.is_available()
+    if world_size() == 1:
+        return torch.device("cuda" if cuda else "cpu")
+
+    def stopped(signum, frame):
+        raise RankLost("torchrun has stopped this run, because one of its processes died")
+
+    signal.signal(signal.SIGTERM, stopped)
+    device = torch.device("cpu")
+    if cuda:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        check(local < gpus, f"--nproc-per-node is {os.environ['LOCAL_WORLD_SIZE']} (at most the {gpus} GPUs there are)")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    return device
+
+
+def _collective(function: Callable):
+    """Calls `function`, which talks to the other ranks.
+
+    Raises:
+        RankLost: one of them does not answer.
+    """
+    try:
+        return function()
+    except RuntimeError as error:
+        if isinstance(error, DivergenceError):
+            raise
+        raise RankLost("a process of this torchrun has died") from None
+
+
+def _from_rank_0(value):
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value) -> list:
+    """`value` of every rank, in their order; `[value]` without torchrun. For checkpoints."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        _collective(lambda: dist.all_gather_object(values, value))
+    return values
+
+
+def average(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean of `tensor` over the ranks, on each of them."""
+    if world_size() > 1:
+        _collective(lambda: dist.all_reduce(tensor))
+        tensor = tensor / world_size()
+    return tensor
+
+
+def average_gradients(module: torch.nn.Module) -> None:
+    """Puts the mean over the ranks in the place of each gradient: one message for all of them."""
+    if world_size() > 1:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        mean = average(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def standardise(sample: torch.Tensor) -> torch.Tensor:
+    """`sample` (n,) less its mean, over its standard deviation; both those of all ranks' samples together."""
+    if world_size() == 1:
+        return (sample - sample.mean()) / (sample.std() + 1e-8)
+    n = world_size() * len(sample)
+    mean, square = average(torch.stack((sample.mean(), sample.square().mean())))
+    return (sample - mean) / (((square - mean**2) * n / (n - 1)).clamp(min=0).sqrt() + 1e-8)
+
+
+def check_equal_parameters(module: torch.nn.Module) -> None:
+    """Raises `DivergenceError` unless the parameters are the same, bitwise, on every rank."""
+    if world_size() > 1:
+        own = torch.nn.utils.parameters_to_vector(module.parameters()).detach().nan_to_num()
+        extremes = torch.cat((own, -own))
+        _collective(lambda: dist.all_reduce(extremes, dist.ReduceOp.MAX))
+        if not torch.equal(extremes, torch.cat((own, -own))):
+            raise DivergenceError("the processes of this torchrun no longer hold the same parameters")

@@ -13,6 +13,7 @@ import torch
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
+import phase4_selfplay as phase4
 from envs import HedgingEnv, dynamics, hedging, makers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,12 +75,12 @@ class Phase(NamedTuple):
         return self.module.Args(**self._settings(iterations, changes))
 
     def train(self, args, folder: Path, device: str = "cpu"):
-        """Trains in gbm, phase 3 in its default heston: (agent, steps)."""
+        """Trains in gbm, phases 3 and 4 in their default heston: (agent, steps)."""
         market, device = dynamics.GBM(), torch.device(device)
-        if self.module is phase3:
-            model = phase3.make_dynamics(args)
-            market = makers.classical_makers(phase3.make_market(args, model, args.tuning_episodes, device))
-        return self.module.train(args, market, folder, device, None, None)
+        if self.module in (phase3, phase4):
+            model = self.module.make_dynamics(args)
+            market = makers.classical_makers(self.module.make_market(args, model, args.tuning_episodes, device))
+        return self.module.train(args, market, folder, device, None, None)[:2]
 
 
 SAC_SMALL = {
@@ -90,11 +91,29 @@ SAC_SMALL = {
     "utd": 0.01,
     "average": 0.05,
 }
-QUOTING_FIGURES = ("learning_curve.png", "learnt_quotes.png", "episode.png", "pnl.png", "rival_sweep.png")
+QUOTING_FIGURES = ("learning_curve.png", "learnt_quotes.png", "episode.png", "pnl.png")
+SELFPLAY_FILES = (
+    "cross_play.png", "cross_play.json", "edge_over_training.png", "selfplay_episode.png", "market_shares.png",
+)  # fmt: skip
 PHASES = {
     "phase1": Phase(phase1, 64, {}, ("learning_curve.png", "no_trade_bands.png", "pnl.png")),
     "phase2": Phase(phase2, 32, SAC_SMALL, ("learning_curve.png", "no_trade_bands.png", "pnl.png", "book_episode.png")),
-    "phase3": Phase(phase3, 64, {"tuning_episodes": 64}, (*QUOTING_FIGURES, "rival_sweep.json"), MAKERS, num_steps=6),
+    "phase3": Phase(
+        phase3,
+        64,
+        {"tuning_episodes": 64},
+        (*QUOTING_FIGURES, "rival_sweep.png", "rival_sweep.json"),
+        MAKERS,
+        num_steps=6,
+    ),
+    "phase4": Phase(
+        phase4,
+        64,
+        {"tuning_episodes": 64, "num_minibatches": 2},
+        (*QUOTING_FIGURES, *SELFPLAY_FILES),
+        MAKERS,
+        num_steps=6,
+    ),
 }
 
 

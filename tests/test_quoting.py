@@ -424,3 +424,18 @@ def test_default_market_is_model_b():
     settings = (env.num_makers, env.num_steps, env.expiry, env.arrival_rate, env.choice_sensitivity)
     assert settings == (2, 60, 120, 0.5, 2.0)
     assert (env.reference_edge, env.cost_rate, env.risk_aversion) == (1.0, 5e-4, 1.0)
+
+
+def test_copies_of_a_market():
+    env = QuotingEnv(12, num_steps=5, expiry=10)
+    env.reset(seed=3, options={"copies": 4})
+    for stored in (env.spot, env.variance, env.marks, env.intensity):  # time first
+        groups = stored.unflatten(1, (3, 4))
+        assert torch.equal(groups, groups[:, :, :1].expand_as(groups))
+        assert not torch.equal(groups[:, 0], groups[:, 1])
+    single = QuotingEnv(3, num_steps=5, expiry=10)
+    single.reset(seed=3)
+    assert torch.equal(env.spot[:, ::4], single.spot)
+    for copies in (0, 5):
+        with pytest.raises(ValueError, match="must divide num_envs = 12"):
+            env.reset(options={"copies": copies})

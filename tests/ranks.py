@@ -1,0 +1,73 @@
+"""What test_distributed.py starts with torchrun: python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py MODE."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import torch
+from conftest import PHASES
+
+from envs import runs
+
+PPO = ("phase1", "phase3", "phase4")
+
+
+def arithmetic() -> None:
+    """The averages over the ranks are those of all samples together."""
+    everything = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    own = everything[runs.rank()]
+    expected = (everything - everything.mean()) / everything.std()
+    torch.testing.assert_close(runs.standardise(own), expected[runs.rank()])
+    assert runs.gather(runs.rank()) == [0, 1]
+    layer = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1.0)
+    (layer(torch.full((4, 3), 1.0 + runs.rank())).sum()).backward()
+    runs.average_gradients(layer)
+    torch.testing.assert_close(layer.weight.grad, torch.full((2, 3), 4 * 1.5))
+    runs.check_equal_parameters(layer)
+    with torch.no_grad():
+        layer.bias[0] += 1e-7 + runs.rank()
+    try:
+        runs.check_equal_parameters(layer)
+    except runs.DivergenceError as error:
+        assert "no longer hold the same parameters" in str(error)
+    else:
+        raise AssertionError("ranks that differ went unnoticed")
+
+
+def train() -> None:
+    """Every PPO phase for a few updates; each rank writes down what it ended with."""
+    arithmetic()
+    for name in PPO:
+        phase = PHASES[name]
+        folder = Path(name)
+        if runs.rank() == 0:
+            folder.mkdir()
+        torch.distributed.barrier()
+        agent, steps = phase.train(phase.args(num_evaluations=2), folder)
+        torch.save({"agent": agent.state_dict(), "steps": steps}, folder / f"rank{runs.rank()}.pt")
+
+
+def die() -> None:
+    """Rank 1 dies in its third update."""
+    module, calls = PHASES["phase1"].module, []
+    update = module.update
+
+    def mortal(*arguments):
+        calls.append(None)
+        if runs.rank() == 1 and len(calls) == 3:
+            os._exit(7)
+        return update(*arguments)
+
+    module.update = mortal
+    runs.run(module.main, PHASES["phase1"].flags(num_evaluations=12))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        runs.join_ranks(cuda=False)
+    {"train": train, "die": die}[sys.argv[1]]()

@@ -1,0 +1,209 @@
+"""What is particular to phase 4; what all phases share is in test_scripts.py."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PHASES
+
+import phase4_selfplay as phase4
+from envs import baselines, makers, runs
+
+CPU = torch.device("cpu")
+PHASE = PHASES["phase4"]
+
+
+def make(num_envs=12, **changes):
+    """Flags, the classical makers of a market, and an agent that nobody has trained."""
+    args = PHASE.args(**{"num_envs": num_envs, **changes})
+    market = phase4.make_market(args, phase4.make_dynamics(args), 64, CPU)
+    parameters = {name: (0.25, 0.8) for name in (makers.RIVAL, makers.NAMED_MAKER, makers.GLFT)}
+    parameters |= {makers.CONSTANT_SPREAD: (2.0,), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
+    classics = makers.assemble(market, parameters, "invented")
+    torch.manual_seed(args.seed)
+    agent = phase4.Agent(market)
+    agent.fit(classics.env.like(64), classics.policies[makers.STRONGEST_MAKER])
+    return args, classics, agent
+
+
+def trained(folder: Path, saves: list | None = None, checkpoint=None, monkeypatch=None, **changes):
+    """The state of an agent after a small run; `saves` collects what it would have written."""
+    args, classics, _ = make(**changes)
+    if saves is not None:
+        monkeypatch.setattr(runs, "save_checkpoint", lambda path, content: saves.append(copy.deepcopy(content)))
+    agent, _, snapshots = phase4.train(args, classics, folder, CPU, checkpoint, None)
+    return agent.state_dict(), snapshots
+
+
+def marked(agent, number: float):
+    """The agent with all parameters set to a number, to be recognised."""
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.fill_(number)
+    return agent
+
+
+def number(agent) -> float:
+    return next(agent.actor_mean.parameters()).flatten()[0].item()
+
+
+def test_a_snapshot_is_the_whole_agent():
+    _, classics, agent = make()
+    other = phase4.Agent(classics.env.env)
+    phase4.from_vector(other, phase4.to_vector(agent))
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    observation = torch.randn(5, classics.env.single_observation_space.shape[0])
+    assert torch.equal(phase4.at(phase4.to_vector(agent), other)(observation), agent.policy(observation))
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_the_opponent_is_lag_updates_behind(lag):
+    args, classics, agent = make(opponent="lag", lag=lag)
+    opponents = phase4.Opponents(args, marked(agent, 0.0), [], None)
+    played = []
+    for iteration in range(1, 9):
+        opponents.advance(agent, iteration, None)
+        played.append(number(opponents.actor))
+        marked(agent, float(iteration))  # the update
+    assert played == [float(max(0, i - lag)) for i in range(8)]
+
+
+def test_the_pool_is_bounded_and_evenly_spaced():
+    args, classics, agent = make(opponent="pool", pool_size=4)
+    opponents = phase4.Opponents(args, agent, [], classics.env.rivals[0])
+    generator, met = torch.Generator().manual_seed(0), set()
+    for iteration in range(1, 41):
+        marked(agent, float(iteration))
+        opponents.advance(agent, iteration, generator)
+        met.add(number(opponents.actor))
+        kept = [x[0].item() for x in opponents.snapshots[: opponents.stored]]
+    assert len(opponents.snapshots) == 4
+    gaps = {round(b - a) for a, b in zip(kept, kept[1:], strict=False)}
+    assert len(gaps) == 1
+    assert kept[-1] > 24
+    assert len(met) > 6  # and several were met
+
+
+def test_prioritised_sampling_meets_the_strong_more_often():
+    args, classics, agent = make(opponent="pool", pool_size=4, pool_sampling="prioritised")
+    opponents = phase4.Opponents(args, agent, [], classics.env.rivals[0])
+    for iteration in (1, 2, 3):
+        opponents.advance(marked(agent, float(iteration)), iteration, torch.Generator().manual_seed(0))
+    opponents.spacing, met = 1000, []  # no more snapshots: these three
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        opponents.advance(agent, 4, generator)
+        met.append(number(opponents.actor))
+        opponents.score(torch.tensor(1.0 if met[-1] == 2.0 else -1.0))
+    assert set(met) == {1.0, 2.0, 3.0}
+    assert met[100:].count(2.0) > 2 * max(met[100:].count(1.0), met[100:].count(3.0))
+
+
+def test_seats_go_round():
+    args, classics, agent = make(num_envs=7, num_makers=3, copies=1)
+    market = classics.env.env.like(7)
+    rival = torch.tensor([0.123, 0.0, 0.0, 0.5])
+    generator = torch.Generator().manual_seed(0)
+    batch, _ = phase4.rollout(market, agent, lambda x: rival.expand(len(x), 4).clone(), agent.act, args, generator)
+    assert batch.observations.shape[0] == 7 * args.num_steps
+    own = (market.edges[..., 0] - 0.123).abs() > 1e-4  # who quoted something else
+    assert own.nonzero().tolist() == [[i, i % 3] for i in range(7)]
+
+
+def test_advantages_do_not_depend_on_the_seat():
+    """Two makers alike: what the agent learns in either seat has the same distribution."""
+    args, classics, agent = make(num_envs=2048)
+    market = classics.env.env.like(2048)
+    market.generator.manual_seed(0)
+    batch, lead = phase4.rollout(market, agent, agent.policy, agent.act, args, torch.Generator().manual_seed(0))
+    returns = batch.returns.view(args.num_steps, -1)[0]
+    difference = returns[::2].mean() - returns[1::2].mean()
+    assert abs(difference) < 4 * returns.std() * (4 / 2048) ** 0.5
+    assert lead > 0  # exploration costs something
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_makers": 3}, {"num_makers": 5, "opponent": "pool"}, {"opponent": "baseline"}]
+)
+def test_more_makers_and_other_opponents(tmp_path, changes):
+    state, snapshots = trained(tmp_path, **changes)
+    assert all(value.isfinite().all() for value in state.values())
+    assert list(snapshots)[0] == "step 0"
+    assert len(snapshots) == 4
+    rows = runs.read_metrics(tmp_path / "metrics.csv")
+    assert rows[-1]["charts/selfplay_half_spread"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"opponent": "pool", "pool_size": 3}, {"opponent": "lag", "lag": 3}])
+def test_resume_restores_opponents_bitwise(tmp_path, monkeypatch, changes):
+    saves = []
+    whole, snapshots = trained(tmp_path, saves, monkeypatch=monkeypatch, **changes)
+    middle = saves[2]
+    assert 0 < middle["iteration"] < saves[-1]["iteration"]
+    resumed, again = trained(tmp_path, saves, middle, monkeypatch, **changes)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert list(snapshots) == list(again)
+    for name in snapshots:
+        assert torch.equal(snapshots[name], again[name])
+
+
+def test_rivals_are_seen_by_the_takers_they_attract():
+    _, classics, agent = make()
+    observation, _ = classics.env.reset(seed=0)  # rivals count as quoting the reference edge: half of the takers
+    seen = agent.attraction(observation)
+    torch.testing.assert_close(seen[:, 8:10], torch.full((len(seen), 2), 0.5))
+    assert torch.equal(seen[:, :8], observation[:, :8])
+    assert torch.equal(seen[:, 10:], observation[:, 10:])
+    observation[:, 8] = 100.0
+    assert agent.attraction(observation)[:, 8].max() < 1e-6
+
+
+def test_start_edge_and_average(tmp_path):
+    args, classics, _ = make(start_edge=0.7, total_timesteps=12 * 6, average=1.0)
+    agent, _, snapshots = phase4.train(args, classics, tmp_path, CPU, None, None)
+    assert agent.linear_maker[0] == pytest.approx(0.7)
+    (first,) = snapshots
+    assert torch.equal(snapshots[first], phase4.to_vector(agent)) is False
+
+
+def test_a_best_response_is_never_worse_on_validation(tmp_path):
+    args, classics, agent = make(num_envs=64)
+    before = copy.deepcopy(agent.state_dict())
+    response = phase4.best_response(args, classics.env.env, agent, tmp_path)
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, before[name]), "the policy that is exploited stays as it is"
+    assert isinstance(response, phase4.Agent)
+
+
+def test_a_best_response_exploits_a_bad_policy(tmp_path):
+    args, classics, agent = make(num_envs=512, total_timesteps=512 * 6 * 40, risk_aversion=0.0, cost_rate=0.0)
+    agent.linear_maker[0] = 1.8  # twice what competition allows
+    response = phase4.best_response(args, classics.env.env, agent, tmp_path)
+    observation, _ = classics.env.reset(seed=0)
+    assert response.policy(observation)[:, 0].mean() < 0.9 * agent.policy(observation)[:, 0].mean()
+
+
+def test_guests_join_cross_play_and_pool(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    phase4.main(PHASE.flags(iterations=4))
+    (first,) = tmp_path.glob("runs/*")
+    phase4.main([*PHASE.flags(iterations=4, opponent="pool", seed=2), "--guests", str(first), "--no-exploitability"])
+    newest = max(tmp_path.glob("runs/*"), key=lambda path: path.stat().st_mtime)
+    assert f"guest {first.name}" in json.loads((newest / "cross_play.json").read_text())["names"]
+    content = runs.load_checkpoint(newest, "phase4")
+    guest = runs.load_checkpoint(first, "phase4")["agent"]
+    assert torch.equal(content["opponents"]["snapshots"][0][:4], next(iter(guest.values())).flatten()[:4])
+    assert capsys.readouterr().out.count("best response, trained, gains") == 1
+
+
+def test_the_classical_maker_as_opponent_is_phase3s_rival():
+    args, classics, agent = make(opponent="baseline")
+    opponents = phase4.Opponents(args, agent, [], classics.env.rivals[0])
+    observation, _ = classics.env.reset(seed=0)
+    rival = baselines.avellaneda_stoikov(classics.env.env, 0.25, 0.8)
+    opponents.advance(agent, 1, None)
+    torch.testing.assert_close(opponents.policy(observation), rival(observation))
