@@ -128,9 +128,9 @@ class Args:
     """half-spread that training starts from, vol points; by default that of the strongest classical maker"""
 
     # The algorithm
-    total_timesteps: int = 9_000_000
+    total_timesteps: int = 3_000_000
     """environment steps of the whole run, over all environments"""
-    num_envs: int = 1024
+    num_envs: int = 256
     """environments side by side"""
     learning_rate: float = 1.5e-3
     """learning rate of Adam"""
@@ -142,7 +142,7 @@ class Args:
     """λ of generalised advantage estimation; higher ones earn more, but no more objective, at more risk"""
     copies: int = 4
     """rows that meet the same market; the mean of their advantages is taken off as luck"""
-    num_minibatches: int = 8
+    num_minibatches: int = 1
     """minibatches an epoch; must divide num_envs × num_steps"""
     update_epochs: int = 4
     """passes over a rollout"""
@@ -483,8 +483,9 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
 
 LOSS_NAMES = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac")
 METRICS = (
-    "global_step", "charts/objective", "charts/gain_over_avellaneda_stoikov", "charts/market_share",
-    "charts/selfplay_objective", "charts/selfplay_half_spread", "charts/SPS", "charts/learning_rate", *LOSS_NAMES, *(f"losses/action_std_{i}" for i in range(4)),
+    "global_step", "charts/objective", "charts/gain_over_avellaneda_stoikov",
+    "charts/selfplay_objective", "charts/selfplay_half_spread", "charts/SPS", "charts/learning_rate",
+    *LOSS_NAMES, *(f"losses/action_std_{i}" for i in range(4)),
 )  # fmt: skip
 
 
@@ -793,8 +794,9 @@ def load_agent(args: Args, checkpoint: dict, market: QuotingEnv) -> Agent:
         raise runs.UsageError(f"{args.evaluate}: does not fit this script, its networks have other shapes") from None
     runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{args.evaluate}: NaN in its networks")
     trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-    length = len(to_vector(agent))
-    for name, snapshot in checkpoint["snapshots"].items():
+    length, snapshots = len(to_vector(agent)), checkpoint.get("snapshots")
+    runs.check(isinstance(snapshots, dict), f"{args.evaluate}: does not fit this script, it has no snapshots")
+    for name, snapshot in snapshots.items():
         fits = isinstance(snapshot, Tensor) and snapshot.shape == (length,)
         runs.check(fits, f"{args.evaluate}: snapshot {name!r} does not fit this market, it is not of {length} numbers")
     if args.dynamics == "historical" and trained.dynamics == "garch":
@@ -823,8 +825,8 @@ def load_guests(args: Args, market: QuotingEnv) -> dict[str, Tensor]:
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
     resume_needs = (
-        "rows", "learner", "optimizer", "generator", "market_generator", "pool_generator", "opponents", "pool", "snapshots", "world_size",
-        "tracker", "makers", "origin",
+        "rows", "learner", "optimizer", "generator", "market_generator", "pool_generator", "opponents", "pool",
+        "snapshots", "world_size", "tracker", "makers", "origin",
     )  # fmt: skip
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)

@@ -24,14 +24,15 @@ import tyro
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
+import phase4_selfplay as phase4
 from envs import AgainstRivals, HedgingEnv, makers, runs
 
 
 @dataclass
 class Args:
-    """Measures steps and updates per second of phases 1, 2 and 3."""
+    """Measures steps and updates per second of every phase."""
 
-    phases: tuple[Literal["phase1", "phase2", "phase3"], ...] = ("phase1", "phase2", "phase3")
+    phases: tuple[Literal["phase1", "phase2", "phase3", "phase4"], ...] = ("phase1", "phase2", "phase3", "phase4")
     """phases to measure"""
     num_envs: tuple[int, ...] = (64, 1024)
     """numbers of environments to measure"""
@@ -40,7 +41,7 @@ class Args:
     iterations: int = 40
     """rollouts and updates of a run"""
     dynamics: str = "gbm"
-    """model of the underlying of phases 1 and 2; phase 3 has its default, heston"""
+    """model of the underlying of phases 1 and 2; phases 3 and 4 have their default, heston"""
     torch_threads: int = 1
     """CPU threads of torch"""
     peers: bool = False
@@ -93,8 +94,9 @@ def phase3_market(num_envs: int) -> makers.Makers:
     return makers.classical_makers(phase3.make_market(phase_args, phase3.make_dynamics(phase_args), num_envs, device))
 
 
-def phase3_speed(args: Args, num_envs: int, mode: str) -> float:
-    phase_args = phase3.Args(
+def quoting_speed(module, args: Args, num_envs: int, mode: str) -> float:
+    """Steps a second of phase 3 or 4: of the agent, not of all the makers."""
+    phase_args = module.Args(
         num_envs=num_envs,
         total_timesteps=args.iterations * num_envs * 60,
         num_evaluations=2,
@@ -104,7 +106,7 @@ def phase3_speed(args: Args, num_envs: int, mode: str) -> float:
     )
     classics = phase3_market(64)
     with tempfile.TemporaryDirectory() as folder:
-        phase3.train(phase_args, classics, Path(folder), classics.env.device, None, None)
+        module.train(phase_args, classics, Path(folder), classics.env.device, None, None)
         return runs.read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
 
 
@@ -223,12 +225,14 @@ def main() -> None:
                 small = {"batch_size": 256, "hidden_size": 64, "utd": 1 / num_envs}
                 measured(num_envs, "phase 2, 64×64, 256 a batch", *phase2_speed(args, num_envs, "eager", **small))
                 measured(num_envs, "Stable-Baselines3 SAC, the same", *stable_baselines3_sac(env))
-        if "phase3" in args.phases:
-            env = phase3_market(num_envs).env
-            measured(num_envs, "phase 3's market and rival alone", environment_speed(env))
+        for name, module in (("phase3", phase3), ("phase4", phase4)):
+            if name not in args.phases:
+                continue
+            env, number = phase3_market(num_envs).env, name[-1]
+            measured(num_envs, f"phase {number}'s market and rival alone", environment_speed(env))
             for mode in args.modes:
-                measured(num_envs, f"phase 3, PPO, {mode}", phase3_speed(args, num_envs, mode))
-            if args.peers:
+                measured(num_envs, f"phase {number}, PPO, {mode}", quoting_speed(module, args, num_envs, mode))
+            if args.peers and name == "phase3":
                 iterations = int(np.clip(200_000 // (num_envs * 60), 2, 40))
                 measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(env, iterations))
     print(f"\n{where}, torch {torch.__version__}, {args.torch_threads} thread(s)\n")

@@ -59,7 +59,7 @@ class CrossPlay:
 
     @property
     def intransitivity(self) -> float:
-        """Share of the margins' squares that no rating explains: 0, all is a matter of strength; 1, rock-paper-scissors.
+        """Share of the margins' squares that no rating explains: 0, all is strength; 1, it is rock-paper-scissors.
 
         The cyclic part of the Hodge decomposition of the margins (Jiang, Lim, Yao & Ye 2011; Balduzzi et al. 2019).
         """
@@ -224,9 +224,9 @@ def judge_selfplay(
     """The verdict on a maker that learnt by self-play.
 
     It must earn more than Avellaneda–Stoikov would in its seat, in the default market by 28 %; more than each of its
-    `snapshots` from before, whoever the rivals are; and a best response to it may gain no more than 2 %. Where nothing is
-    risked and hedging is free, its edge must be within 3 % of the Nash equilibrium's, a best response in closed form gain
-    no more than 0.3 %, and the collusion index lie within ±0.1.
+    `snapshots` from before, whoever the rivals are; and a best response to it may gain no more than 2 %. Where nothing
+    is risked and hedging is free, its edge must be within 3 % of the Nash equilibrium's, a best response in closed form
+    gain no more than 0.3 %, and the collusion index lie within ±0.1.
     """
     played, market = contest.played, contest.env.env
     settings = {**settings, "episodes": len(played["agent"]["pnl"]), **contest.settings}

@@ -1,8 +1,8 @@
 """The run folder and the manners of a command: arguments checked, files written whole, checkpoints read safely.
 
 Everything here is the same for every phase. Exit codes: 0 benchmark passed, 1 benchmark failed, 2 bad input, 3 an error
-or a run that diverged, 130 Ctrl-C. At the end what `torchrun` needs: its processes, ranks, train one agent together, and
-only rank 0 prints and writes.
+or a run that diverged, 130 Ctrl-C. At the end what `torchrun` needs: its processes, the ranks, train one agent
+together, and only rank 0 prints and writes.
 """
 
 import contextlib

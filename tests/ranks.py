@@ -1,4 +1,4 @@
-"""What test_distributed.py starts with torchrun: python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py MODE."""
+"""What test_distributed.py has torchrun start: torchrun --nproc-per-node 2 tests/ranks.py train, or die."""
 
 import os
 import sys
@@ -6,10 +6,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import torch
-from conftest import PHASES
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from conftest import PHASES  # noqa: E402
 
-from envs import runs
+from envs import runs  # noqa: E402
 
 PPO = ("phase1", "phase3", "phase4")
 
@@ -31,12 +32,8 @@ def arithmetic() -> None:
     runs.check_equal_parameters(layer)
     with torch.no_grad():
         layer.bias[0] += 1e-7 + runs.rank()
-    try:
+    with pytest.raises(runs.DivergenceError, match="no longer hold the same parameters"):
         runs.check_equal_parameters(layer)
-    except runs.DivergenceError as error:
-        assert "no longer hold the same parameters" in str(error)
-    else:
-        raise AssertionError("ranks that differ went unnoticed")
 
 
 def train() -> None:

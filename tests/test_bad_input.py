@@ -9,6 +9,7 @@ import torch
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
+import phase4_selfplay as phase4
 from envs import dynamics, runs
 
 
@@ -143,15 +144,48 @@ def test_flags_of_phase3(capsys, tmp_path, monkeypatch, flags, message):
     assert message in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase3)
 
 
-def test_a_market_of_another_size_than_the_maker_knows(capsys, tmp_path, monkeypatch):
-    args = phase3.Args()
-    market = phase3.make_market(args, phase3.make_dynamics(args), 1, torch.device("cpu"))
-    agent = phase3.Agent(market)
-    content = {"phase": "phase3", "args": vars(args), "agent": agent.state_dict(), "iteration": 0}
-    torch.save(content, tmp_path / "checkpoint.pt")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-makers", 1], "--num-makers is 1 (at least 2, at most 16)"),
+        (["--opponent", "nobody"], "--opponent"),
+        (["--lag", 0], "--lag is 0 (at least 1, at most the run's"),
+        (["--lag", 200, "--total-timesteps", 1_536_000], "--lag is 200 (at least 1, at most the run's 100 updates)"),
+        (["--pool-size", 1], "--pool-size is 1 (at least 2"),
+        (["--pool-sampling", "best"], "--pool-sampling"),
+        (["--guests", "runs/absent"], "runs/absent: no such checkpoint"),
+        (["--start-edge", 0], "--start-edge is 0.0 (more than 0, at most 10)"),
+        (["--start-edge", "nan"], "--start-edge is nan"),
+        (["--copies", 3], "--copies is 3 (at least 1, must divide --num-envs = 256)"),
+        (["--copies", 0], "--copies is 0"),
+        (["--average", 0], "--average is 0.0 (more than 0, at most 1)"),
+        (["--choice-sensitivity", 0], "--choice-sensitivity is 0.0"),
+        (["--total-timesteps", 100], "--total-timesteps is 100 (at least 15360"),
+        (["--num-envs", 1_000_000, "--num-steps", 2400, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
+        (["--dynamics", "historical"], "historical with --evaluate"),
+        (["--evaluate", "absent.pt"], "absent.pt: no such checkpoint"),
+    ],
+)
+def test_flags_of_phase4(capsys, tmp_path, monkeypatch, flags, message):
+    assert message in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase4)
+
+
+@pytest.mark.parametrize("phase", [phase3, phase4])
+def test_a_market_of_another_size_than_the_maker_knows(capsys, tmp_path, monkeypatch, phase):
+    args = phase.Args()
+    market = phase.make_market(args, phase.make_dynamics(args), 1, torch.device("cpu"))
+    agent = phase.Agent(market)
+    content = {"phase": phase.PHASE, "args": vars(args), "agent": agent.state_dict(), "iteration": 0}
+    torch.save({**content, "snapshots": {}}, tmp_path / "checkpoint.pt")
     for flags in (["--num-makers", 3], ["--privileged"]):
         flags = ("--evaluate", tmp_path, *flags)
-        assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase3)
+        assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase)
+    if phase is phase4:
+        flags = ("--guests", tmp_path, "--num-makers", 3)
+        assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase)
+        torch.save({**content, "snapshots": {"step 0": torch.zeros(7)}}, tmp_path / "checkpoint.pt")
+        line = fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path, phase=phase)
+        assert "snapshot 'step 0' does not fit this market" in line
 
 
 def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypatch):
@@ -175,7 +209,7 @@ def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cudagraphs_without_a_gpu(capsys, tmp_path, monkeypatch):
-    for phase in (phase1, phase2, phase3):
+    for phase in (phase1, phase2, phase3, phase4):
         assert "--cudagraphs needs a GPU" in fails(capsys, tmp_path, monkeypatch, "--cudagraphs", phase=phase)
 
 
@@ -209,7 +243,7 @@ def checkpoint_file(path, kind: str) -> None:
     args = phase1.Args()
     agent = phase1.Agent(phase1.HedgingEnv(1))
     content = {"phase": "phase1", "args": vars(args), "agent": agent.state_dict(), "iteration": 0, "rows": 0}
-    content |= dict.fromkeys(("optimizer", "generator", "market_generator", "tracker"))
+    content |= dict.fromkeys(("optimizer", "generator", "market_generator", "tracker")) | {"world_size": 1}
     if kind == "other phase":
         torch.save({**content, "phase": "phase3"}, path)
     elif kind == "truncated":

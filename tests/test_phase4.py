@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def make(num_envs=12, **changes):
     """Flags, the classical makers of a market, and an agent that nobody has trained."""
     args = PHASE.args(**{"num_envs": num_envs, **changes})
     market = phase4.make_market(args, phase4.make_dynamics(args), 64, CPU)
-    parameters = {name: (0.25, 0.8) for name in (makers.RIVAL, makers.NAMED_MAKER, makers.GLFT)}
+    parameters = dict.fromkeys((makers.RIVAL, makers.NAMED_MAKER, makers.GLFT), (0.25, 0.8))
     parameters |= {makers.CONSTANT_SPREAD: (2.0,), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
     classics = makers.assemble(market, parameters, "invented")
     torch.manual_seed(args.seed)
@@ -61,7 +62,7 @@ def test_a_snapshot_is_the_whole_agent():
 
 @pytest.mark.parametrize("lag", [1, 3])
 def test_the_opponent_is_lag_updates_behind(lag):
-    args, classics, agent = make(opponent="lag", lag=lag)
+    args, _, agent = make(opponent="lag", lag=lag)
     opponents = phase4.Opponents(args, marked(agent, 0.0), [], None)
     played = []
     for iteration in range(1, 9):
@@ -81,7 +82,7 @@ def test_the_pool_is_bounded_and_evenly_spaced():
         met.add(number(opponents.actor))
         kept = [x[0].item() for x in opponents.snapshots[: opponents.stored]]
     assert len(opponents.snapshots) == 4
-    gaps = {round(b - a) for a, b in zip(kept, kept[1:], strict=False)}
+    gaps = {round(b - a) for a, b in pairwise(kept)}
     assert len(gaps) == 1
     assert kept[-1] > 24
     assert len(met) > 6  # and several were met
@@ -131,7 +132,7 @@ def test_advantages_do_not_depend_on_the_seat():
 def test_more_makers_and_other_opponents(tmp_path, changes):
     state, snapshots = trained(tmp_path, **changes)
     assert all(value.isfinite().all() for value in state.values())
-    assert list(snapshots)[0] == "step 0"
+    assert next(iter(snapshots)) == "step 0"
     assert len(snapshots) == 4
     rows = runs.read_metrics(tmp_path / "metrics.csv")
     assert rows[-1]["charts/selfplay_half_spread"] > 0

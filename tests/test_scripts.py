@@ -31,6 +31,8 @@ def main(phase, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gbm", "garch", "heston", "merton"])
 def test_smoke(main, tmp_path, phase, name, capsys):
+    if phase.module.PHASE == "phase4" and name in ("garch", "merton"):
+        pytest.skip("phase 3's market")
     passed = main(*phase.flags(dynamics=name))
     verdict = "BENCHMARK PASSED" if passed else "BENCHMARK FAILED"
     assert verdict in capsys.readouterr().out
@@ -163,9 +165,10 @@ def test_no_phase_imports_another_and_envs_keeps_to_itself():
             assert "sys.argv" not in text, path
 
 
-def test_track_offline(script, tmp_path, phase):
-    result = script(phase.script, *phase.flags(), "--track", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
-    assert result.returncode in (0, 1), result.stderr
+def test_track_offline(main, tmp_path, phase, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    main(*phase.flags(), "--track")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -199,10 +202,12 @@ def test_cuda_graphs_give_the_same_results(tmp_path, phase):
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
 
-def test_divergence_stops_the_run_and_names_the_last_checkpoint(script, tmp_path, phase):
-    result = script(phase.script, *phase.flags(learning_rate=1e30))
-    assert result.returncode == 3
-    (line,) = [line.split("error: ")[1] for line in result.stderr.splitlines() if "error: " in line]
+def test_divergence_stops_the_run_and_names_the_last_checkpoint(tmp_path, phase, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        runs.run(phase.module.main, phase.flags(learning_rate=1e30))
+    assert stop.value.code == 3
+    (line,) = [line.split("error: ")[1] for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert "by step " in line
     assert "checkpoint.pt" in line
     checkpoint = runs.load_checkpoint(run_folder(tmp_path), phase.module.PHASE)
