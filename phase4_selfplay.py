@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,7 @@ Tensor = torch.Tensor
 PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 EXPLORATION_SEED = 4_000_000  # added to --seed, which itself seeds the market and stays below a million
+NOT_OPPONENTS = {makers.NAMED_MAKER, makers.INVENTORY_DP}  # as one of several: the first comes first, the other is slow
 OPPONENT_SEED, RESPONSE_SEED = 6_000_000, 7_000_000  # likewise: the choice from the pool, the best response's run
 
 
@@ -122,6 +124,9 @@ class Args:
     """snapshots of a --opponent pool, evenly spaced over the run so far"""
     pool_sampling: Literal["uniform", "prioritised"] = "uniform"
     """how one is chosen for an iteration: all alike, or the more often the more it earns beyond the agent"""
+    classical_share: float = 0.2
+    """share of the updates in which a classical maker, in turn, takes the other seats, so that the agent does not forget
+    makers unlike itself"""
     guests: tuple[str, ...] = ()
     """run folders or checkpoints of other runs, whose agents join the cross-play and, with --opponent pool, the pool"""
     start_edge: float | None = None
@@ -130,9 +135,9 @@ class Args:
     # The algorithm
     total_timesteps: int = 3_000_000
     """environment steps of the whole run, over all environments"""
-    num_envs: int = 256
+    num_envs: int = 128
     """environments side by side"""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     """learning rate of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
@@ -140,6 +145,8 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.85
     """λ of generalised advantage estimation; higher ones earn more, but no more objective, at more risk"""
+    min_std: float = 0.25
+    """floor of the exploration's standard deviation (raw action): what is better shows in proportion to it"""
     copies: int = 4
     """rows that meet the same market; the mean of their advantages is taken off as luck"""
     num_minibatches: int = 1
@@ -199,7 +206,7 @@ def validate(args: Args) -> None:
     runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
     runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
     runs.check_range(args, 0, 1, "gamma", "gae_lambda")
-    runs.check_range(args, 0, 1, "clip_coef", "average", open_low=True)
+    runs.check_range(args, 0, 1, "clip_coef", "average", "min_std", open_low=True)
     runs.check_range(args, 0, math.inf, "ent_coef", "vf_coef")
     runs.check_range(args, 1, 2**20, "num_envs", "num_minibatches", "update_epochs", "num_evaluations")
     runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
@@ -216,6 +223,7 @@ def validate(args: Args) -> None:
     updates = args.total_timesteps // (batch_size * runs.world_size())
     runs.check(1 <= args.lag <= updates, f"--lag is {args.lag} (at least 1, at most the run's {updates} updates)")
     runs.check_range(args, 2, 4096, "pool_size")
+    runs.check_range(args, 0, 1, "classical_share")
     if args.start_edge is not None:
         runs.check_range(args, 0, 10, "start_edge", open_low=True)
     runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
@@ -358,16 +366,17 @@ def at(snapshot: Tensor, agent: Agent):
 
 
 class Opponents(nn.Module):
-    """Who takes the other seats: past selves of the agent, or the baseline.
+    """Who takes the other seats: past selves of the agent, now and then a classical maker.
 
     `snapshots` (size, …) are vectors as `to_vector` makes them: the last `lag` iterates in a ring, or guests and the
     pool, of which every second one goes when it is full, so that they stay evenly spaced over the run (average past
     play, Heinrich, Lanctot & Silver 2015). `actor` is the one that plays now.
     """
 
-    def __init__(self, args: Args, agent: Agent, guests: list[Tensor], baseline):
+    def __init__(self, args: Args, agent: Agent, guests: list[Tensor], classics: list):
         super().__init__()
-        self.args, self.baseline = args, baseline
+        self.args, self.classics = args, classics  # the named baseline first
+        self.turn = 0  # whose it is: 0 `actor`'s, i that of the i-th classic
         self.actor = copy.deepcopy(agent).requires_grad_(False)
         size = args.pool_size if args.opponent == "pool" else args.lag
         self.guests = len(guests) if args.opponent == "pool" else 0
@@ -379,6 +388,9 @@ class Opponents(nn.Module):
     @torch.no_grad()
     def advance(self, agent: Agent, iteration: int, generator: torch.Generator) -> None:
         """Chooses the opponent of this iteration (1, 2, …) and remembers the agent as it is before its update."""
+        every = round(1 / self.args.classical_share) if self.args.classical_share > 0 else math.inf
+        self.turn = 1 + int(iteration // every - 1) % len(self.classics) if iteration % every == 0 else 0
+        self.turn = 1 if self.args.opponent == "baseline" else self.turn
         if self.args.opponent == "lag":
             slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
             from_vector(self.actor, self.snapshots[slot])
@@ -400,11 +412,11 @@ class Opponents(nn.Module):
 
     def policy(self, observation: Tensor) -> Tensor:
         """Observation (n, size) → environment action (n, 4), without exploration."""
-        return self.baseline(observation) if self.args.opponent == "baseline" else self.actor.policy(observation)
+        return self.classics[self.turn - 1](observation) if self.turn else self.actor.policy(observation)
 
     def score(self, lead: Tensor) -> None:
         """Learns from an iteration by how much the opponent's objective was above the agent's, lead ()."""
-        if self.args.opponent == "pool":
+        if self.args.opponent == "pool" and self.turn == 0:
             self.scores[self.chosen] += 0.2 * (lead - self.scores[self.chosen])
 
 
@@ -502,6 +514,8 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
             runs.average_gradients(agent)  # over the processes of torchrun
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
+            with torch.no_grad():
+                agent.actor_logstd.clamp_(min=math.log(args.min_std))
             parts.append(loss_parts)
     runs.check_equal_parameters(agent)
     return torch.stack(parts).mean(0)
@@ -552,7 +566,8 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
     agent.fit(classics.env.like(1024), classics.policies[makers.STRONGEST_MAKER])
     if args.start_edge is not None:
         agent.linear_maker[0] = args.start_edge
-    opponents = Opponents(args, agent, list(guests), classics.env.rivals[0]).to(device)
+    known = [classics.policies[name] for name in (makers.NAMED_MAKER, *sorted(set(classics.policies) - NOT_OPPONENTS))]
+    opponents = Opponents(args, agent, list(guests), known).to(device)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     optimizer = make_optimizer(args, agent, device)
     # Each process of torchrun has its own streams, of the market and of exploration, which also shuffles minibatches
@@ -610,7 +625,8 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
     weights, averages = list(agent.parameters()), list(average.parameters())
     rate = min(1.0, 1.0 / (args.average * num_iterations))
 
-    def iterate() -> Tensor:
+    def iterate(turn: int) -> Tensor:
+        opponents.turn = turn
         batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
         opponents.score(runs.average(lead))
         losses = update(agent, optimizer, batch, loss_function, args, generator)
@@ -619,7 +635,10 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
 
     if args.cudagraphs:
         learners = nn.ModuleList([agent, average, opponents])
-        iterate = runs.cuda_graph(iterate, learners, optimizer, [generator, market.generator])
+        streams = [generator, market.generator]
+        turns = [partial(iterate, turn) for turn in range(1 + len(known))]  # a graph for each, as each is other code
+        captured = [runs.cuda_graph(turn, learners, optimizer, streams) for turn in turns]
+        iterate = lambda turn: captured[turn]()  # noqa: E731
     progress = runs.progress_bar(num_iterations * batch_size, (first - 1) * batch_size)
     progress.set_description("gain over Avellaneda–Stoikov —")
     clock, clock_steps = time.perf_counter(), 0
@@ -627,7 +646,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
         anneal(optimizer, args, iteration)
         opponents.advance(agent, iteration, pool_generator)
         try:
-            losses = iterate()
+            losses = iterate(opponents.turn)
         except (quoting.BadQuote, runs.RankLost) as error:  # quotes that are NaN; a process of torchrun that died
             raise runs.DivergenceError(
                 f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"

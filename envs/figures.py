@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -495,7 +496,7 @@ def edge_over_training(path: Path, curves: Mapping[str, list[dict]], nash: float
     """Mean half-spread of the agent among its likes over training: label → rows of metrics.csv, of one run each."""
     figure, axes = _new()
     shades = (AGENT, BASELINE, OTHER, "#b8860b", "#6a3d9a", "#008b8b")
-    for (label, curve), colour in zip(curves.items(), shades, strict=False):
+    for (label, curve), colour in zip(curves.items(), cycle(shades), strict=False):
         steps = [row["global_step"] / 1e6 for row in curve]
         edges = [row["charts/selfplay_half_spread"] for row in curve]
         axes.plot(steps, edges, color=colour, marker=".", label=label)

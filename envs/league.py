@@ -1,7 +1,7 @@
 """Makers that learn from each other, measured: cross-play and ratings, exploitability, competition or collusion."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -208,7 +208,7 @@ def competition(market: QuotingEnv, policy: Policy, episodes: int = 4096) -> Com
         return makers * edge * odds / (1.0 + makers * odds)
 
     collusion = (earned / weight - profit(nash)) / (profit(monopoly) - profit(nash))
-    return Competition(edge / weight, nash, monopoly, collusion, best / earned - 1.0)
+    return Competition(edge / weight, nash, monopoly, float(collusion), best / earned - 1.0)
 
 
 def judge_selfplay(
@@ -230,7 +230,7 @@ def judge_selfplay(
     """
     played, market = contest.played, contest.env.env
     settings = {**settings, "episodes": len(played["agent"]["pnl"]), **contest.settings}
-    settings["mean half-spread among its likes"] = compete.edge
+    settings["competition"] = asdict(compete)
     result = compare(title, settings, played, "agent", contest.block, QUOTING_COLUMNS)
     agent, named = played["agent"], played[NAMED_MAKER]
     gain = None

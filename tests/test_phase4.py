@@ -62,8 +62,8 @@ def test_a_snapshot_is_the_whole_agent():
 
 @pytest.mark.parametrize("lag", [1, 3])
 def test_the_opponent_is_lag_updates_behind(lag):
-    args, _, agent = make(opponent="lag", lag=lag)
-    opponents = phase4.Opponents(args, marked(agent, 0.0), [], None)
+    args, _, agent = make(opponent="lag", lag=lag, classical_share=0.0)
+    opponents = phase4.Opponents(args, marked(agent, 0.0), [], [])
     played = []
     for iteration in range(1, 9):
         opponents.advance(agent, iteration, None)
@@ -73,8 +73,8 @@ def test_the_opponent_is_lag_updates_behind(lag):
 
 
 def test_the_pool_is_bounded_and_evenly_spaced():
-    args, classics, agent = make(opponent="pool", pool_size=4)
-    opponents = phase4.Opponents(args, agent, [], classics.env.rivals[0])
+    args, classics, agent = make(opponent="pool", pool_size=4, classical_share=0.0)
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
     generator, met = torch.Generator().manual_seed(0), set()
     for iteration in range(1, 41):
         marked(agent, float(iteration))
@@ -89,8 +89,8 @@ def test_the_pool_is_bounded_and_evenly_spaced():
 
 
 def test_prioritised_sampling_meets_the_strong_more_often():
-    args, classics, agent = make(opponent="pool", pool_size=4, pool_sampling="prioritised")
-    opponents = phase4.Opponents(args, agent, [], classics.env.rivals[0])
+    args, classics, agent = make(opponent="pool", pool_size=4, pool_sampling="prioritised", classical_share=0.0)
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
     for iteration in (1, 2, 3):
         opponents.advance(marked(agent, float(iteration)), iteration, torch.Generator().manual_seed(0))
     opponents.spacing, met = 1000, []  # no more snapshots: these three
@@ -203,8 +203,22 @@ def test_guests_join_cross_play_and_pool(tmp_path, monkeypatch, capsys):
 
 def test_the_classical_maker_as_opponent_is_phase3s_rival():
     args, classics, agent = make(opponent="baseline")
-    opponents = phase4.Opponents(args, agent, [], classics.env.rivals[0])
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
     observation, _ = classics.env.reset(seed=0)
     rival = baselines.avellaneda_stoikov(classics.env.env, 0.25, 0.8)
     opponents.advance(agent, 1, None)
     torch.testing.assert_close(opponents.policy(observation), rival(observation))
+
+
+def test_classical_makers_take_their_turns():
+    args, classics, agent = make(classical_share=0.5)
+    known = [classics.policies[makers.NAMED_MAKER], classics.policies[makers.GLFT]]
+    opponents = phase4.Opponents(args, agent, [], known)
+    observation, _ = classics.env.reset(seed=0)
+    turns = []
+    for iteration in range(1, 9):
+        opponents.advance(agent, iteration, None)
+        turns.append(opponents.turn)
+        expected = known[opponents.turn - 1] if opponents.turn else opponents.actor.policy
+        assert torch.equal(opponents.policy(observation), expected(observation))
+    assert turns == [0, 1, 0, 2, 0, 1, 0, 2]

@@ -1,0 +1,101 @@
+"""Do makers that learn from each other compete or collude, and does it matter where they start?
+
+Runs phase 4 from several half-spreads and seeds, without the best response, and draws the edges over training.
+
+    python benchmarks/selfplay_starts.py                   the default market from 0.9 and 1.6 vol points, three seeds
+    python benchmarks/selfplay_starts.py --neutral         nothing risked, hedging free; makers who do not look ahead
+    python benchmarks/selfplay_starts.py --neutral --flags "--gamma 1"    makers who do
+
+Each run leaves its own folder under runs/; figure and data go to runs/selfplay_starts/ (or -2, -3 …). Exit code 0:
+every run passed its benchmark, and the final edges of a seed agree within 4 %.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from envs import figures, runs  # noqa: E402
+
+NEUTRAL = ("--dynamics", "gbm", "--risk-aversion", "0", "--cost-rate", "0", "--gamma", "0")
+
+
+@dataclass
+class Args:
+    """Runs phase 4 from several starts and draws how the edges converge."""
+
+    starts: tuple[float, ...] | None = None
+    """half-spreads that training starts from, vol points; 0.9 and 1.6, with --neutral 0.5 and 1.2"""
+    neutral: bool = False
+    """where Nash and monopoly are known: gbm, no risk aversion, no cost of hedging, discount factor 0"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of the runs"""
+    flags: str = ""
+    """further flags of phase4_selfplay.py, in quotes"""
+    jobs: int = 2
+    """runs side by side"""
+
+
+def train(args: Args, start: float, seed: int) -> tuple[dict, list[dict]]:
+    """Runs the script as a user would; returns its benchmark.json and metrics.csv."""
+    command = [sys.executable, str(ROOT / "phase4_selfplay.py"), "--exp-name", f"start_{start:g}", "--seed", str(seed)]
+    command += ["--start-edge", str(start), "--no-exploitability"]
+    command += [*(NEUTRAL if args.neutral else ()), *shlex.split(args.flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+        kind = runs.UsageError if done.returncode == 2 else runs.DivergenceError
+        raise kind(f"start {start:g}, seed {seed}: {reason}")
+    folder = Path(done.stdout.split(":", 1)[0])
+    print(f"start {start:g}, seed {seed}: {folder}, {'passed' if done.returncode == 0 else 'failed'}", flush=True)
+    result = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    return result, runs.read_metrics(folder / "metrics.csv")
+
+
+def main(argv) -> bool:
+    args = runs.parse_args(Args, argv)
+    if args.starts is None:
+        args.starts = (0.5, 1.2) if args.neutral else (0.9, 1.6)
+    runs.check(len(set(args.starts)) == len(args.starts) > 1, "--starts needs two or more different ones")
+    runs.check(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds needs one or more different ones")
+    runs.check_range(args, 1, 64, "jobs")
+    pairs = list(product(args.starts, args.seeds))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = dict(zip(pairs, pool.map(lambda pair: train(args, *pair), pairs), strict=True))
+    folder = runs.new_folder(Path("runs/selfplay_starts"))
+    found = {pair: result["settings"]["competition"] for pair, (result, _) in done.items()}
+    rows = [
+        {"start": start, "seed": seed, "passed": result["passed"], **result["settings"]["competition"]}
+        for (start, seed), (result, _) in done.items()
+    ]
+    runs.write_json(folder / "selfplay_starts.json", rows)
+    curves = {f"from {start:g}, seed {seed}": curve for (start, seed), (_, curve) in done.items()}
+    title = next(iter(done.values()))[0]["title"]
+    known = next(iter(found.values()))
+    figures.edge_over_training(folder / "selfplay_starts.png", curves, known["nash"], known["monopoly"], title)
+    print(f"\nNash {known['nash']:.4f}, monopoly {known['monopoly']:.4f} vol points, where nothing is risked")
+    print(" start  seed  final edge  off Nash  collusion index  exploitable in closed form  passed")
+    for row in rows:
+        off = 100 * (row["edge"] / row["nash"] - 1)
+        print(f"{row['start']:6g} {row['seed']:5d} {row['edge']:11.4f} {off:+7.2f} % {row['collusion']:+16.3f}", end="")
+        print(f"{100 * row['exploitability']:26.3f} % {row['passed']!s:>7}")
+    apart = {}
+    for seed in args.seeds:
+        edges = [found[start, seed]["edge"] for start in args.starts]
+        apart[seed] = max(edges) / min(edges) - 1
+        print(f"seed {seed}: final edges {100 * apart[seed]:.2f} % apart")
+    print(f"figure: {folder}")
+    return all(row["passed"] for row in rows) and max(apart.values()) <= 0.04
+
+
+if __name__ == "__main__":
+    runs.run(main, sys.argv[1:])
