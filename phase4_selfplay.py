@@ -125,8 +125,8 @@ class Args:
     pool_sampling: Literal["uniform", "prioritised"] = "uniform"
     """how one is chosen for an iteration: all alike, or the more often the more it earns beyond the agent"""
     classical_share: float = 0.2
-    """share of the updates in which a classical maker, in turn, takes the other seats, so that the agent does not forget
-    makers unlike itself"""
+    """share of the updates in which a classical maker, in turn, takes the other seats, so that the agent remains good
+    against makers unlike itself"""
     guests: tuple[str, ...] = ()
     """run folders or checkpoints of other runs, whose agents join the cross-play and, with --opponent pool, the pool"""
     start_edge: float | None = None
