@@ -175,7 +175,7 @@ class Args:
     """episodes that the classical makers are tuned on"""
     num_evaluations: int = 20
     """how often in the run the policy is evaluated, logged and saved"""
-    eval_episodes: int = 32_768
+    eval_episodes: int = 8192
     """episodes of the final benchmark (with historical: all the windows there are)"""
 
 
@@ -555,7 +555,7 @@ class Watch:
         return {**self.against_baseline(agent.policy), **row}
 
 
-def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint: dict | None, tracker, guests=()):
+def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint: dict | None, tracker, guests=None):
     """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times.
 
     Returns the agent, the environment steps it was trained for, and what played at each quarter of the run, by name.
@@ -567,7 +567,8 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
     if args.start_edge is not None:
         agent.linear_maker[0] = args.start_edge
     known = [classics.policies[name] for name in (makers.NAMED_MAKER, *sorted(set(classics.policies) - NOT_OPPONENTS))]
-    opponents = Opponents(args, agent, list(guests), known).to(device)
+    guests = guests or {}
+    opponents = Opponents(args, agent, list(guests.values()), known).to(device)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     optimizer = make_optimizer(args, agent, device)
     # Each process of torchrun has its own streams, of the market and of exploration, which also shuffles minibatches
@@ -604,11 +605,8 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
             content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
             content |= {"agent": average.state_dict(), "learner": agent.state_dict()}
             content |= {"optimizer": optimizer.state_dict()}
-            content |= {
-                "opponents": opponents.state_dict(),
-                "snapshots": snapshots,
-                "pool": [opponents.stored, opponents.spacing],
-            }
+            content |= {"opponents": opponents.state_dict(), "pool": [opponents.stored, opponents.spacing]}
+            content |= {"snapshots": snapshots, "guests": guests}
             content |= {"generator": runs.gather(generator.get_state()), "world_size": runs.world_size()}
             content |= {"market_generator": runs.gather(market.generator.get_state())}
             content |= {"pool_generator": pool_generator.get_state(), "tracker": tracker.id if tracker else None}
@@ -845,7 +843,7 @@ def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
     resume_needs = (
         "rows", "learner", "optimizer", "generator", "market_generator", "pool_generator", "opponents", "pool",
-        "snapshots", "world_size", "tracker", "makers", "origin",
+        "guests", "snapshots", "world_size", "tracker", "makers", "origin",
     )  # fmt: skip
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     validate(args)
@@ -863,7 +861,10 @@ def main(argv) -> bool:
         trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
         batch_size = trained.num_envs * trained.num_steps * checkpoint.get("world_size", 1)
         steps, snapshots = batch_size * checkpoint["iteration"], checkpoint["snapshots"]
-    guests = load_guests(args, market)
+    if args.resume and checkpoint:  # the very same
+        guests = {name: guest.to(device) for name, guest in checkpoint["guests"].items()}
+    else:
+        guests = load_guests(args, market)
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)
@@ -880,8 +881,7 @@ def main(argv) -> bool:
     else:
         classics = makers.classical_makers(market)
     if args.evaluate is None:
-        vectors = list(guests.values())
-        agent, steps, snapshots = train(args, classics, run_dir, device, checkpoint, tracker, vectors)
+        agent, steps, snapshots = train(args, classics, run_dir, device, checkpoint, tracker, guests)
     response = None
     if args.exploitability and args.dynamics != "historical":
         response = best_response(args, market, agent, run_dir)
