@@ -384,12 +384,7 @@ def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.dev
     for iteration in range(first, num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
-        try:
-            losses = iterate()
-        except runs.RankLost as error:
-            raise runs.DivergenceError(
-                f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
-            ) from None
+        losses = iterate()
         clock_steps += batch_size
         progress.update(batch_size)
         if iteration not in evaluations:
@@ -519,7 +514,8 @@ def main(argv) -> bool:
         runs.write_json(run_dir / "args.json", asdict(args))
     print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
     if args.evaluate is None:
-        agent, steps = train(args, model, run_dir, device, checkpoint, tracker)
+        with runs.naming_last_good(run_dir):
+            agent, steps = train(args, model, run_dir, device, checkpoint, tracker)
     if runs.rank() > 0:
         return True  # the first process benchmarks
     result = run_benchmark(args, model, agent, steps, run_dir, device)

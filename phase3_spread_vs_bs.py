@@ -437,7 +437,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device: torch.devi
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
         try:
             losses = iterate()
-        except (quoting.BadQuote, runs.RankLost) as error:  # quotes that are NaN; a process of torchrun that died
+        except quoting.BadQuote as error:  # they are NaN
             raise runs.DivergenceError(
                 f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
             ) from None
@@ -594,7 +594,8 @@ def main(argv) -> bool:
     else:
         classics = makers.classical_makers(market, args.rival_spread, args.rival_risk_aversion)
     if args.evaluate is None:
-        agent, steps = train(args, classics, run_dir, device, checkpoint, tracker)
+        with runs.naming_last_good(run_dir):
+            agent, steps = train(args, classics, run_dir, device, checkpoint, tracker)
     if runs.rank() > 0:
         return True  # the first process benchmarks
     result = run_benchmark(args, classics, agent, steps, run_dir, model)

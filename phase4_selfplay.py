@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,8 +24,9 @@ Tensor = torch.Tensor
 PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 EXPLORATION_SEED = 4_000_000  # added to --seed, which itself seeds the market and stays below a million
-NOT_OPPONENTS = {makers.NAMED_MAKER, makers.INVENTORY_DP}  # as one of several: the first comes first, the other is slow
 OPPONENT_SEED, RESPONSE_SEED = 6_000_000, 7_000_000  # likewise: the choice from the pool, the best response's run
+# The classical makers that take their turns as opponents
+CLASSICS = (makers.NAMED_MAKER, makers.STRONGEST_MAKER, makers.GLFT, makers.CONSTANT_SPREAD)
 
 
 @dataclass
@@ -53,8 +54,8 @@ class Args:
 
     Where the answer is known exactly, without risk aversion and cost, from a wide start and a narrow one:
 
-      python phase4_selfplay.py --dynamics gbm --risk-aversion 0 --cost-rate 0 --start-edge 1.2
-      python phase4_selfplay.py --dynamics gbm --risk-aversion 0 --cost-rate 0 --start-edge 0.5
+      python phase4_selfplay.py --dynamics gbm --risk-aversion 0 --cost-rate 0 --gamma 0 --start-edge 1.2
+      python phase4_selfplay.py --dynamics gbm --risk-aversion 0 --cost-rate 0 --gamma 0 --start-edge 0.5
     """
 
     exp_name: str = Path(__file__).stem
@@ -74,7 +75,8 @@ class Args:
     save_model: bool = True
     """write checkpoint.pt, which --resume and --evaluate need"""
     evaluate: str | None = None
-    """CHECKPOINT or run folder: no training, only the benchmark; market flags may differ from those trained with"""
+    """CHECKPOINT or run folder: only the benchmark (with --no-exploitability no training at all); market flags may
+    differ from those trained with"""
     resume: str | None = None
     """run folder: continue it to exactly the numbers of an uninterrupted run"""
     compile: bool = False
@@ -139,8 +141,8 @@ class Args:
     """environments side by side"""
     learning_rate: float = 2e-3
     """learning rate of Adam"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to zero"""
+    anneal_share: float = 0.25
+    """share of the run, its last, in which the learning rate falls linearly to zero"""
     gamma: float = 1.0
     """discount factor"""
     gae_lambda: float = 0.85
@@ -200,13 +202,13 @@ def validate(args: Args) -> None:
     runs.check_range(args, 2, 2**26, "eval_episodes", "tuning_episodes")
     runs.check_range(args, 1, 1024, "torch_threads")
     runs.check_name(args.exp_name)
-    if args.evaluate is not None:
+    if args.evaluate is not None and (not args.exploitability or args.dynamics == "historical"):
         return  # the rest is about training
-    fitted = args.dynamics == "garch"
+    fitted = args.dynamics == "garch" or args.evaluate is not None
     runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
     runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
     runs.check_range(args, 0, 1, "gamma", "gae_lambda")
-    runs.check_range(args, 0, 1, "clip_coef", "average", "min_std", open_low=True)
+    runs.check_range(args, 0, 1, "clip_coef", "average", "min_std", "anneal_share", open_low=True)
     runs.check_range(args, 0, math.inf, "ent_coef", "vf_coef")
     runs.check_range(args, 1, 2**20, "num_envs", "num_minibatches", "update_epochs", "num_evaluations")
     runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
@@ -220,7 +222,7 @@ def validate(args: Args) -> None:
         args.copies >= 1 and args.num_envs % args.copies == 0,
         f"--copies is {args.copies} (at least 1, must divide --num-envs = {args.num_envs})",
     )
-    updates = args.total_timesteps // (batch_size * runs.world_size())
+    updates = num_updates(args)
     runs.check(1 <= args.lag <= updates, f"--lag is {args.lag} (at least 1, at most the run's {updates} updates)")
     runs.check_range(args, 2, 4096, "pool_size")
     runs.check_range(args, 0, 1, "classical_share")
@@ -383,13 +385,14 @@ class Opponents(nn.Module):
         self.stored, self.spacing = 0, 1  # of the pool: how many there are, updates from one to the next
         self.register_buffer("snapshots", torch.stack([*guests[: self.guests], *[to_vector(agent)] * size]))
         self.register_buffer("scores", torch.zeros(len(self.snapshots)))  # what each earns beyond the agent
+        self.register_buffer("born", torch.full((len(self.snapshots),), -1))  # the pool's: after how many updates
         self.register_buffer("chosen", torch.zeros(1, dtype=torch.long))
 
     @torch.no_grad()
     def advance(self, agent: Agent, iteration: int, generator: torch.Generator) -> None:
         """Chooses the opponent of this iteration (1, 2, …) and remembers the agent as it is before its update."""
-        every = round(1 / self.args.classical_share) if self.args.classical_share > 0 else math.inf
-        self.turn = 1 + int(iteration // every - 1) % len(self.classics) if iteration % every == 0 else 0
+        before, turns = (math.floor(i * self.args.classical_share) for i in (iteration - 1, iteration))
+        self.turn = 1 + before % len(self.classics) if turns > before else 0
         self.turn = 1 if self.args.opponent == "baseline" else self.turn
         if self.args.opponent == "lag":
             slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
@@ -397,17 +400,22 @@ class Opponents(nn.Module):
             self.snapshots[slot] = to_vector(agent)
         elif self.args.opponent == "pool":
             if (iteration - 1) % self.spacing == 0 and self.stored == self.args.pool_size:
-                for tensor in (self.snapshots, self.scores):
+                for tensor in (self.snapshots, self.scores, self.born):
                     kept = tensor[self.guests :: 2].clone()
                     tensor[self.guests : self.guests + len(kept)] = kept
                 self.stored, self.spacing = len(kept), 2 * self.spacing
             if (iteration - 1) % self.spacing == 0:
                 self.snapshots[self.guests + self.stored] = to_vector(agent)
-                self.scores[self.guests + self.stored] = 0.0
+                self.scores[self.guests + self.stored] = self.scores[: self.guests + self.stored].mean().nan_to_num()
+                self.born[self.guests + self.stored] = iteration - 1
                 self.stored += 1
             scores = self.scores[: self.guests + self.stored]
-            weights = torch.softmax(scores, 0) if self.args.pool_sampling == "prioritised" else torch.ones_like(scores)
-            self.chosen.copy_(torch.multinomial(weights, 1, generator=generator))
+            # By the largest of their logits plus Gumbel noise: a softmax's choice, without waiting for the device
+            logits = torch.zeros_like(scores)
+            if self.args.pool_sampling == "prioritised":
+                logits = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-6)
+            gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
+            self.chosen.copy_((logits + gumbel).argmax(keepdim=True))
             from_vector(self.actor, self.snapshots[self.chosen][0])
 
     def policy(self, observation: Tensor) -> Tensor:
@@ -444,6 +452,7 @@ def rollout(
     n, num_makers, device = market.num_envs, market.num_makers, market.device
     rows = torch.arange(n, device=device)
     seats = rows % num_makers
+    others = market.rivals[seats]  # (n, num_makers − 1)
     observation, _ = market.reset(options={"copies": args.copies})
     steps, lead = [], torch.zeros((), device=device)
     for _ in range(market.num_steps):
@@ -451,8 +460,10 @@ def rollout(
         normalised = agent.normalise(own)
         noise = torch.randn(n, 4, generator=generator, device=device)
         action, logprob, value = act(normalised, noise)
-        quotes = opponent(observation.flatten(0, 1)).unflatten(0, (n, num_makers))
+        quotes = own.new_empty(n, num_makers, 4)
         quotes[rows, seats] = agent.to_quote(own, action)
+        seen = observation[rows[:, None], others].flatten(0, 1)
+        quotes[rows[:, None], others] = opponent(seen).unflatten(0, (n, num_makers - 1))
         observation, reward, _, _, info = market.step(quotes)
         # Who trades and how the market moves is chance; what the environment knows of its mean is learnt from instead:
         # the expected edge, no first-order ΔW, and its expected square. The optimum is the same and the noise less.
@@ -468,7 +479,7 @@ def rollout(
         advantage = error + args.gamma * args.gae_lambda * advantage
         advantages[t], next_value = advantage, values[t]
     returns = advantages + values
-    # Copies of a market differ in what is explored and nothing else: their mean advantage is luck, and is taken off
+    # Copies of a market differ in what is explored (and in the seat): their mean advantage is luck, and is taken off
     luck = advantages.unflatten(1, (-1, args.copies)).mean(-1) if args.copies > 1 else torch.zeros_like(advantages)
     advantages = advantages - luck.repeat_interleave(args.copies, 1)
     return Batch(*(x.flatten(0, 1) for x in (observations, actions, logprobs, advantages, returns))), lead
@@ -532,8 +543,8 @@ def num_updates(args: Args) -> int:
 
 
 def anneal(optimizer, args: Args, iteration: int) -> None:
-    if args.anneal_lr:
-        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_updates(args)))
+    left = 1.0 - (iteration - 1) / num_updates(args)
+    optimizer.param_groups[0]["lr"].fill_(args.learning_rate * min(1.0, left / args.anneal_share))
 
 
 class Watch:
@@ -566,7 +577,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
     agent.fit(classics.env.like(1024), classics.policies[makers.STRONGEST_MAKER])
     if args.start_edge is not None:
         agent.linear_maker[0] = args.start_edge
-    known = [classics.policies[name] for name in (makers.NAMED_MAKER, *sorted(set(classics.policies) - NOT_OPPONENTS))]
+    known = [classics.policies[name] for name in CLASSICS]
     guests = guests or {}
     opponents = Opponents(args, agent, list(guests.values()), known).to(device)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
@@ -632,11 +643,16 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
         return losses
 
     if args.cudagraphs:
-        learners = nn.ModuleList([agent, average, opponents])
-        streams = [generator, market.generator]
-        turns = [partial(iterate, turn) for turn in range(1 + len(known))]  # a graph for each, as each is other code
-        captured = [runs.cuda_graph(turn, learners, optimizer, streams) for turn in turns]
-        iterate = lambda turn: captured[turn]()  # noqa: E731
+        learners, streams = nn.ModuleList([agent, average, opponents]), [generator, market.generator]
+        eager = iterate
+
+        @cache  # a graph for each turn, as each is other code
+        def captured(turn: int):
+            return runs.cuda_graph(partial(eager, turn), learners, optimizer, streams)
+
+        def iterate(turn: int) -> Tensor:
+            return captured(turn)()
+
     progress = runs.progress_bar(num_iterations * batch_size, (first - 1) * batch_size)
     progress.set_description("gain over Avellaneda–Stoikov —")
     clock, clock_steps = time.perf_counter(), 0
@@ -645,7 +661,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
         opponents.advance(agent, iteration, pool_generator)
         try:
             losses = iterate(opponents.turn)
-        except (quoting.BadQuote, runs.RankLost) as error:  # quotes that are NaN; a process of torchrun that died
+        except quoting.BadQuote as error:  # they are NaN
             raise runs.DivergenceError(
                 f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
             ) from None
@@ -702,7 +718,7 @@ def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -
         anneal(optimizer, args, iteration)
         try:
             iterate()
-        except (quoting.BadQuote, runs.RankLost) as error:
+        except quoting.BadQuote as error:
             raise runs.DivergenceError(f"{error}, training the best response; {runs.last_good(run_dir)}") from None
         progress.update(steps)
         if iteration in evaluations:
@@ -728,15 +744,16 @@ def run_benchmark(
 ):
     """The agent and every classical maker in the same seat on fresh episodes, then all of them and the `past` selves
     against each other, and the best `response`, if there is one; writes report and figures."""
-    market = {name: getattr(args, name) for name in MARKET}
-    default_market = market == {name: getattr(Args(), name) for name in MARKET} and not args.privileged
-    settings = {**market, "privileged": args.privileged, "run seed": args.seed, "training steps": steps}
+    flags = {name: getattr(args, name) for name in MARKET}
+    default_market = flags == {name: getattr(Args(), name) for name in MARKET} and not args.privileged
+    settings = {**flags, "privileged": args.privileged, "run seed": args.seed, "training steps": steps}
     settings["opponent"] = f"{args.opponent} {args.lag}" if args.opponent == "lag" else args.opponent
     title = f"Phase 4 ({args.dynamics}, {args.num_makers} makers, cost {1e4 * args.cost_rate:g} bp, "
     title += f"risk aversion {args.risk_aversion:g})"
     market, replayed = classics.env.env, None
     if args.dynamics == "historical":
         settings |= {"closes": args.history or "S&P 500", "model fitted until": str(model.dates[0])}
+        settings["cross-play and competition"] = "in the fitted garch"
         windows = make_market(args, model, model.num_windows(args.num_steps), classics.env.device)
         replayed = AgainstRivals(windows, classics.env.rivals)
     contest = makers.quoting_contest(classics, agent.policy, args.eval_episodes, replayed)
@@ -748,7 +765,8 @@ def run_benchmark(
         exploited = league.exploitability(market, agent.policy, response.policy, args.eval_episodes)
     compete = league.competition(market, agent.policy)
     snapshots = [name for name in past if name.startswith("step ")]
-    result = league.judge_selfplay(title, settings, contest, played, snapshots, exploited, compete, default_market)
+    judged = None if args.dynamics == "historical" else played
+    result = league.judge_selfplay(title, settings, contest, judged, snapshots, exploited, compete, default_market)
     result.write(run_dir)
     if args.dynamics == "historical":
         apart = contest.non_overlapping(args.num_steps)
@@ -779,13 +797,15 @@ def start_tracker(args: Args, run_dir: Path, run_id: str | None):
         raise runs.UsageError(f"--track: {reason} (WANDB_MODE=offline works without an account)") from None
 
 
-def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
+def finish_tracker(tracker, result: benchmark.Benchmark, played: league.CrossPlay, run_dir: Path) -> None:
     """Benchmark table, figures, checkpoint and code to W&B."""
     import wandb
 
     columns = ["contestant", *next(iter(result.rows.values()))]
     table = wandb.Table(columns=columns, data=[[name, *row.values()] for name, row in result.rows.items()])
-    tracker.log({"benchmark/table": table})
+    means = [[name, *row, rating] for name, row, rating in zip(played.names, played.means, played.ratings, strict=True)]
+    cross_play = wandb.Table(columns=["objective against", *played.names, "rating"], data=means)
+    tracker.log({"benchmark/table": table, "benchmark/cross_play": cross_play})
     tracker.log({f"benchmark/{path.stem}": wandb.Image(str(path)) for path in sorted(run_dir.glob("*.png"))})
     tracker.summary["benchmark/passed"] = result.passed
     for name, share in result.shares.items():
@@ -835,7 +855,9 @@ def load_guests(args: Args, market: QuotingEnv) -> dict[str, Tensor]:
         except (RuntimeError, AttributeError, TypeError):
             raise runs.UsageError(f"--guests {source}: its networks have other shapes, for another market") from None
         runs.check(all(x.isfinite().all() for x in guest.state_dict().values()), f"--guests {source}: NaN in it")
-        guests[f"guest {Path(source).name}"] = to_vector(guest).to(market.device)
+        name = f"guest {(Path(source) if Path(source).is_dir() else Path(source).parent).resolve().name}"
+        runs.check(name not in guests, f"--guests {source}: another guest has the same name")
+        guests[name] = to_vector(guest).to(market.device)
     return guests
 
 
@@ -861,8 +883,8 @@ def main(argv) -> bool:
         trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
         batch_size = trained.num_envs * trained.num_steps * checkpoint.get("world_size", 1)
         steps, snapshots = batch_size * checkpoint["iteration"], checkpoint["snapshots"]
-    if args.resume and checkpoint:  # the very same
-        guests = {name: guest.to(device) for name, guest in checkpoint["guests"].items()}
+    if checkpoint and args.guests == runs.saved_args(Args, checkpoint["args"], "").guests:  # the very same
+        guests = {name: guest.to(device) for name, guest in checkpoint.get("guests", {}).items()}
     else:
         guests = load_guests(args, market)
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
@@ -881,10 +903,12 @@ def main(argv) -> bool:
     else:
         classics = makers.classical_makers(market)
     if args.evaluate is None:
-        agent, steps, snapshots = train(args, classics, run_dir, device, checkpoint, tracker, guests)
+        with runs.naming_last_good(run_dir):
+            agent, steps, snapshots = train(args, classics, run_dir, device, checkpoint, tracker, guests)
     response = None
     if args.exploitability and args.dynamics != "historical":
-        response = best_response(args, market, agent, run_dir)
+        with runs.naming_last_good(run_dir):
+            response = best_response(args, market, agent, run_dir)
     if runs.rank() > 0:
         return True  # the first process benchmarks
     past = {**snapshots, **guests}
@@ -892,7 +916,7 @@ def main(argv) -> bool:
     print(f"\n{result.title}\n\n{result.table()}\n\n{played.table()}\n\n{played.summary()}\n{result.verdict()}")
     print(f"report and figures: {run_dir}")
     if tracker:
-        finish_tracker(tracker, result, run_dir)
+        finish_tracker(tracker, result, played, run_dir)
     return result.passed
 
 

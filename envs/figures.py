@@ -463,7 +463,8 @@ def cross_play(path: Path, league: CrossPlay, title: str) -> None:
     size = len(league.names)
     figure, (heat, bars) = _new(1, 2, (7.5 + 0.75 * size, 2.4 + 0.5 * size), width_ratios=(2.2, 1))
     means = league.objective.mean(-1)
-    # Objectives differ more between columns (how tough a rival is) than between rows (how good one is): colours by row
+    # Objectives differ more between columns (how tough a rival is) than between rows (how good one is): colours say how
+    # far a policy is from the agent in the same column
     lead = means - means[league.names.index("agent")]
     of_snapshots = [name.startswith("step ") for name in league.names]
     most = float(np.abs(lead[of_snapshots]).max(initial=1e-6))  # so that what changes in training can be seen

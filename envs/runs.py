@@ -33,8 +33,8 @@ class DivergenceError(RuntimeError):
     """A loss, reward or parameter that is NaN or infinite. Its message names it, the step and the last checkpoint."""
 
 
-class RankLost(DivergenceError):
-    """Another process of this torchrun has died or was stopped, and training cannot go on without it."""
+class RankLost(Exception):
+    """Another process of this torchrun has died, or all are being stopped: training cannot go on."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -129,9 +129,9 @@ def saved_args(args_class: type, content, source: str):
         value = content.get(name, default)
         if isinstance(default, tuple) and isinstance(value, list):  # as JSON has it
             value = tuple(value)
-        fits = value is None or isinstance(value, str) if default is None else type(value) is type(default)
+        fits = type(value) in (type(None), str, int, float) if default is None else type(value) is type(default)
         if fits and isinstance(default, tuple):
-            fits = all(type(x) is type(default[0]) for x in value)
+            fits = all(type(x) is (type(default[0]) if default else str) for x in value)
         check(fits, f"{source}: does not fit this script, its {name} is a {type(value).__name__}")
         setattr(args, name, value)
     return args
@@ -158,8 +158,9 @@ def run(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> None:
         if rank() == 0:  # all of them say the same
             print(f"error: {error}", file=sys.stderr)
         code = 2
-    except DivergenceError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DivergenceError, RankLost) as error:
+        which = f"rank {rank()}: " if world_size() > 1 else ""
+        print(f"error: {which}{error}", file=sys.stderr)
         code = 3
     except KeyboardInterrupt:
         if rank() == 0:
@@ -360,7 +361,7 @@ def progress_bar(total: int, initial: int = 0) -> tqdm:
 
 def rank_seed(seed: int) -> int:
     """Seed of this rank's own stream of random numbers; `seed` itself on rank 0."""
-    return seed + 10_000_000 * rank()  # beyond every seed of training and benchmark
+    return seed + 100_000_000 * rank()  # beyond every other seed
 
 
 def join_ranks(cuda: bool) -> torch.device:
@@ -376,14 +377,14 @@ def join_ranks(cuda: bool) -> torch.device:
         return torch.device("cuda" if cuda else "cpu")
 
     def stopped(signum, frame):
-        raise RankLost("torchrun has stopped this run, because one of its processes died")
+        raise RankLost("torchrun has stopped this run: one of its processes died, or it was told to")
 
     signal.signal(signal.SIGTERM, stopped)
     device = torch.device("cpu")
     if cuda:
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        check(local < gpus, f"--nproc-per-node is {os.environ['LOCAL_WORLD_SIZE']} (at most the {gpus} GPUs there are)")
-        device = torch.device("cuda", local)
+        local, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        check(local <= gpus, f"--nproc-per-node is {local} (at most the {gpus} GPUs there are)")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -401,9 +402,17 @@ def _collective(function: Callable):
     try:
         return function()
     except RuntimeError as error:
-        if isinstance(error, DivergenceError):
-            raise
-        raise RankLost("a process of this torchrun has died") from None
+        reason = str(error).strip().splitlines()[0]
+        raise RankLost(f"a process of this torchrun has died ({reason})") from None
+
+
+@contextlib.contextmanager
+def naming_last_good(folder: Path):
+    """Turns a `RankLost` into a `DivergenceError` that names the last checkpoint."""
+    try:
+        yield
+    except RankLost as error:
+        raise DivergenceError(f"{error}; {last_good(folder)}") from error
 
 
 def _from_rank_0(value):
@@ -447,9 +456,9 @@ def standardise(sample: torch.Tensor) -> torch.Tensor:
 
 
 def check_equal_parameters(module: torch.nn.Module) -> None:
-    """Raises `DivergenceError` unless the parameters are the same, bitwise, on every rank."""
+    """Raises `DivergenceError` unless parameters and buffers are the same, bitwise, on every rank."""
     if world_size() > 1:
-        own = torch.nn.utils.parameters_to_vector(module.parameters()).detach().nan_to_num()
+        own = torch.cat([value.flatten() for value in module.state_dict().values()]).nan_to_num()
         extremes = torch.cat((own, -own))
         _collective(lambda: dist.all_reduce(extremes, dist.ReduceOp.MAX))
         if not torch.equal(extremes, torch.cat((own, -own))):

@@ -33,11 +33,13 @@ def test_one_match_gives_both_sides():
     played = league.cross_play(market, policies, 128)
     for i, one in enumerate(policies.values()):
         for j, other in enumerate(policies.values()):
-            for seat, taken in ((0, played.objective), (1, played.objective)):
+            for seat in (0, 1):
                 env = AgainstRivals(market.like(128), [other], seat)
                 env.reset(seed=benchmark.BENCHMARK_SEED)
                 if i != j or seat == 0:  # where two quote alike, who comes first is a matter of the seat
-                    np.testing.assert_allclose(taken[i, j], benchmark.play(env, one)["objective"], rtol=1e-4, atol=1e-4)
+                    np.testing.assert_allclose(
+                        played.objective[i, j], benchmark.play(env, one)["objective"], rtol=1e-4, atol=1e-4
+                    )
     np.testing.assert_array_equal(played.others[0, 1], played.objective[1, 0])
     np.testing.assert_allclose(played.margins, -played.margins.T)
     assert (played.share + played.others_share < 1).all()
@@ -134,8 +136,8 @@ def test_verdict():
     market = QuotingEnv(num_steps=10, expiry=20)
     good = makers.assemble(market, {makers.RIVAL: (0.25, 0.8), makers.GLFT: (2.0, 0.7)}, "").policies[makers.GLFT]
     assert failed(judged(good, market)) == set()
-    gain = benchmark.Estimate(1.0, 0.1, 0.8, 1.2)
-    exploited = league.Exploitability(gain, benchmark.Estimate(0.03, 0.001, 0.028, 0.032))
+    gain = benchmark.Estimate(0.3, 0.01, 0.28, 0.32)
+    exploited = league.Exploitability(gain, benchmark.Estimate(0.03, 0.001, 0.028, 0.032), 10.0)
     assert failed(judged(good, market, exploited=exploited)) == {"best response gains 2 % at most"}
     assert failed(judged(constant(3.0), market)) >= {f"beats {makers.NAMED_MAKER}"}
     neutral = QuotingEnv(num_steps=10, expiry=20, **NEUTRAL)

@@ -10,7 +10,7 @@ import torch
 from conftest import PHASES
 
 import phase4_selfplay as phase4
-from envs import baselines, makers, runs
+from envs import AgainstRivals, baselines, benchmark, makers, runs
 
 CPU = torch.device("cpu")
 PHASE = PHASES["phase4"]
@@ -82,6 +82,7 @@ def test_the_pool_is_bounded_and_evenly_spaced():
         met.add(number(opponents.actor))
         kept = [x[0].item() for x in opponents.snapshots[: opponents.stored]]
     assert len(opponents.snapshots) == 4
+    assert [1 + born for born in opponents.born[: opponents.stored].tolist()] == kept  # each knows its age
     gaps = {round(b - a) for a, b in pairwise(kept)}
     assert len(gaps) == 1
     assert kept[-1] > 24
@@ -98,7 +99,7 @@ def test_prioritised_sampling_meets_the_strong_more_often():
     for _ in range(300):
         opponents.advance(agent, 4, generator)
         met.append(number(opponents.actor))
-        opponents.score(torch.tensor(1.0 if met[-1] == 2.0 else -1.0))
+        opponents.score(torch.tensor(0.1 if met[-1] == 2.0 else -0.1))
     assert set(met) == {1.0, 2.0, 3.0}
     assert met[100:].count(2.0) > 2 * max(met[100:].count(1.0), met[100:].count(3.0))
 
@@ -108,7 +109,7 @@ def test_seats_go_round():
     market = classics.env.env.like(7)
     rival = torch.tensor([0.123, 0.0, 0.0, 0.5])
     generator = torch.Generator().manual_seed(0)
-    batch, _ = phase4.rollout(market, agent, lambda x: rival.expand(len(x), 4).clone(), agent.act, args, generator)
+    batch, _ = phase4.rollout(market, agent, lambda x: rival.expand(len(x), 4), agent.act, args, generator)
     assert batch.observations.shape[0] == 7 * args.num_steps
     own = (market.edges[..., 0] - 0.123).abs() > 1e-4  # who quoted something else
     assert own.nonzero().tolist() == [[i, i % 3] for i in range(7)]
@@ -138,7 +139,10 @@ def test_more_makers_and_other_opponents(tmp_path, changes):
     assert rows[-1]["charts/selfplay_half_spread"] > 0
 
 
-@pytest.mark.parametrize("changes", [{"opponent": "pool", "pool_size": 3}, {"opponent": "lag", "lag": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"opponent": "pool", "pool_size": 3, "pool_sampling": "prioritised"}, {"opponent": "lag", "lag": 3}],
+)
 def test_resume_restores_opponents_bitwise(tmp_path, monkeypatch, changes):
     saves = []
     whole, snapshots = trained(tmp_path, saves, monkeypatch=monkeypatch, **changes)
@@ -171,13 +175,14 @@ def test_start_edge_and_average(tmp_path):
     assert torch.equal(snapshots[first], phase4.to_vector(agent)) is False
 
 
-def test_a_best_response_is_never_worse_on_validation(tmp_path):
-    args, classics, agent = make(num_envs=64)
+def test_a_best_response_leaves_the_policy_as_it_is_and_is_never_worse(tmp_path):
+    args, classics, agent = make(num_envs=64, learning_rate=0.5)  # nothing good can come of that
     before = copy.deepcopy(agent.state_dict())
     response = phase4.best_response(args, classics.env.env, agent, tmp_path)
     for name, value in agent.state_dict().items():
-        assert torch.equal(value, before[name]), "the policy that is exploited stays as it is"
-    assert isinstance(response, phase4.Agent)
+        assert torch.equal(value, before[name]), name
+    frozen = AgainstRivals(classics.env.env.like(phase4.EPISODES), [agent.policy])
+    assert benchmark.Validation(frozen, agent.policy, "frozen")(response.policy)["charts/gain_over_frozen"] >= 0
 
 
 def test_a_best_response_exploits_a_bad_policy(tmp_path):
@@ -192,8 +197,15 @@ def test_guests_join_cross_play_and_pool(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     phase4.main(PHASE.flags(iterations=4))
     (first,) = tmp_path.glob("runs/*")
-    phase4.main([*PHASE.flags(iterations=4, opponent="pool", seed=2), "--guests", str(first), "--no-exploitability"])
+    name = first.name
+    flags = PHASE.flags(iterations=4, opponent="pool", seed=2, start_edge=1.1)
+    phase4.main([*flags, "--guests", str(first), "--no-exploitability"])
     newest = max(tmp_path.glob("runs/*"), key=lambda path: path.stat().st_mtime)
+    first.rename(tmp_path / "moved")  # the run knows its guests without their files
+    phase4.main(["--resume", str(newest)])
+    phase4.main(["--evaluate", str(newest), "--no-exploitability", "--cost-rate", "1e-3"])
+    (first := tmp_path / "moved").rename(tmp_path / "runs" / name)
+    first = tmp_path / "runs" / name
     assert f"guest {first.name}" in json.loads((newest / "cross_play.json").read_text())["names"]
     content = runs.load_checkpoint(newest, "phase4")
     guest = runs.load_checkpoint(first, "phase4")["agent"]
@@ -208,6 +220,17 @@ def test_the_classical_maker_as_opponent_is_phase3s_rival():
     rival = baselines.avellaneda_stoikov(classics.env.env, 0.25, 0.8)
     opponents.advance(agent, 1, None)
     torch.testing.assert_close(opponents.policy(observation), rival(observation))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_the_share_of_classical_turns_is_what_was_asked_for(share):
+    args, classics, agent = make(classical_share=share)
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
+    turns = 0
+    for iteration in range(1, 101):
+        opponents.advance(agent, iteration, None)
+        turns += opponents.turn
+    assert turns == pytest.approx(100 * share, abs=1)
 
 
 def test_classical_makers_take_their_turns():
