@@ -876,6 +876,8 @@ def main(argv) -> bool:
     market = make_market(args, fitted, args.tuning_episodes, device)
     for flag, rows in (("--num-envs", max(args.num_envs, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
         runs.check_memory(3 * 4 * rows * market.noise_size, device, f"{flag} {rows}")  # noise, marks and a copy
+    kept = args.pool_size if args.opponent == "pool" else args.lag
+    runs.check_memory(8 * kept * len(to_vector(Agent(market))), device, f"{kept} past selves (--lag, --pool-size)")
     name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:

@@ -83,11 +83,12 @@ def main(argv) -> bool:
     known = next(iter(found.values()))
     figures.edge_over_training(folder / "selfplay_starts.png", curves, known["nash"], known["monopoly"], title)
     print(f"\nNash {known['nash']:.4f}, monopoly {known['monopoly']:.4f} vol points, where nothing is risked")
-    print(" start  seed  final edge  off Nash  collusion index  exploitable in closed form  passed")
+    print(" start  seed  final edge  off Nash  passed", " collusion index  exploitable in closed form" * args.neutral)
     for row in rows:
         off = 100 * (row["edge"] / row["nash"] - 1)
-        print(f"{row['start']:6g} {row['seed']:5d} {row['edge']:11.4f} {off:+7.2f} % {row['collusion']:+16.3f}", end="")
-        print(f"{100 * row['exploitability']:26.3f} % {row['passed']!s:>7}")
+        print(f"{row['start']:6g} {row['seed']:5d} {row['edge']:11.4f} {off:+7.2f} % {row['passed']!s:>7}", end="")
+        rest = f"{row['collusion']:+17.3f} {100 * row['exploitability']:26.3f} %" if args.neutral else ""
+        print(rest)
     apart = {}
     for seed in args.seeds:
         edges = [found[start, seed]["edge"] for start in args.starts]

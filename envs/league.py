@@ -1,7 +1,7 @@
 """Makers that learn from each other, measured: cross-play and ratings, exploitability, competition or collusion."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -235,7 +235,9 @@ def judge_selfplay(
     """
     played, market = contest.played, contest.env.env
     settings = {**settings, "episodes": len(played["agent"]["pnl"]), **contest.settings}
-    settings["competition"] = asdict(compete)
+    neutral = market.risk_aversion == market.cost_rate == 0
+    names = ("edge", "nash", "monopoly", *(("collusion", "exploitability") if neutral else ()))
+    settings["competition"] = {name: getattr(compete, name) for name in names}
     result = compare(title, settings, played, "agent", contest.block, QUOTING_COLUMNS)
     agent, named = played["agent"], played[NAMED_MAKER]
     gain = None
@@ -244,7 +246,6 @@ def judge_selfplay(
             share = relative_gain(agent[name], named[name], contest.block)
             result.shares[f"{label} above {NAMED_MAKER}"] = share
             gain = share if name == "objective" else gain
-    neutral = market.risk_aversion == market.cost_rate == 0
     if neutral:
         off = compete.edge / compete.nash - 1.0
         detail = f"{compete.edge:.4f}, {100 * off:+.2f} % off {compete.nash:.4f} (a monopoly's: {compete.monopoly:.4f})"
@@ -263,6 +264,7 @@ def judge_selfplay(
         if not neutral:
             little = exploited.gain.mean <= 0.02 * exploited.objective
             detail = f"{100 * exploited.share.mean:+.2f} %, {exploited.gain}"
+            detail = detail if exploited.gain.mean != 0 else "none that was trained is better"
             result.require("best response gains 2 % at most", little, detail)
     if league is not None and not neutral:
         worst = min(

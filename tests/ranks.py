@@ -1,5 +1,6 @@
 """What test_distributed.py has torchrun start: torchrun --nproc-per-node 2 tests/ranks.py train, or die."""
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from conftest import PHASES  # noqa: E402
 
-from envs import runs  # noqa: E402
+from envs import dynamics, runs  # noqa: E402
 
 PPO = ("phase1", "phase3", "phase4")
 
@@ -39,6 +40,7 @@ def arithmetic() -> None:
 def train() -> None:
     """Every PPO phase for a few updates; each rank writes down what it ended with."""
     arithmetic()
+    resume()
     for name in PPO:
         phase = PHASES[name]
         folder = Path(name)
@@ -47,6 +49,23 @@ def train() -> None:
         torch.distributed.barrier()
         agent, steps = phase.train(phase.args(num_evaluations=2), folder)
         torch.save({"agent": agent.state_dict(), "steps": steps}, folder / f"rank{runs.rank()}.pt")
+
+
+def resume() -> None:
+    """A run that goes on from the middle ends with the numbers of the whole one, on every rank."""
+    phase, saves, write = PHASES["phase1"], [], runs.save_checkpoint
+    folder = Path("resumed")
+    if runs.rank() == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    runs.save_checkpoint = lambda path, content: saves.append(copy.deepcopy(content))
+    args, device = phase.args(), torch.device("cpu")
+    whole, _ = phase.module.train(args, dynamics.GBM(), folder, device, None, None)
+    again, _ = phase.module.train(args, dynamics.GBM(), folder, device, saves[2], None)
+    runs.save_checkpoint = write
+    assert 0 < saves[2]["iteration"] < saves[4]["iteration"]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 def die() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PHASES, ROOT
 
-from envs import runs
+from envs import figures, runs
 
 
 def run_folder(tmp_path, pattern="*") -> Path:
@@ -29,10 +29,20 @@ def main(phase, tmp_path, monkeypatch):
     return lambda *flags: phase.module.main([str(flag) for flag in flags])
 
 
-@pytest.mark.parametrize("name", ["gbm", "garch", "heston", "merton"])
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made but not rendered, which is half the time of a short run; `test_smoke` renders them."""
+    monkeypatch.setattr(figures, "_save", lambda figure, path: path.touch())
+    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda self: None)
+
+
+MODELS_OF = {name: ("gbm", "heston") if name == "phase4" else ("gbm", "garch", "heston", "merton") for name in PHASES}
+
+
+@pytest.mark.parametrize(
+    ("phase", "name"), [(p, name) for p, names in MODELS_OF.items() for name in names], indirect=["phase"]
+)
 def test_smoke(main, tmp_path, phase, name, capsys):
-    if phase.module.PHASE == "phase4" and name in ("garch", "merton"):
-        pytest.skip("phase 3's market")
     passed = main(*phase.flags(dynamics=name))
     verdict = "BENCHMARK PASSED" if passed else "BENCHMARK FAILED"
     assert verdict in capsys.readouterr().out
@@ -47,17 +57,17 @@ def test_smoke(main, tmp_path, phase, name, capsys):
     assert [row["global_step"] for row in rows] == [phase.num_envs * phase.num_steps * i for i in (0, 3, 6, 9, 12)]
 
 
-def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path, phase):
+def test_same_seed_same_numbers_and_killed_runs_resume_to_them(main, undrawn, tmp_path, phase, monkeypatch, capsys):
     flags = phase.flags(iterations=24, num_evaluations=8)
     first, second = tmp_path / "first", tmp_path / "second"
     folders = []
     for place in (first, second):
         place.mkdir()
+        monkeypatch.chdir(place)
         command = [sys.executable, str(ROOT / phase.script), *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if place == first:
-            done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode in (0, 1), done.stderr
+            passed = main(*flags)
         else:
             process = subprocess.Popen(
                 command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -74,11 +84,7 @@ def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path,
             assert not (folder / "benchmark.json").exists()
             rows_then = len((folder / "metrics.csv").read_text().splitlines())
             assert rows_then < 10
-            resumed = subprocess.run(
-                [sys.executable, str(ROOT / phase.script), "--resume", str(folder)],
-                cwd=place, env=environment, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert resumed.returncode == done.returncode, resumed.stderr
+            assert main("--resume", folder) == passed
         folders.append(next(place.glob("runs/*")))
     one, two = folders
     assert (one / "benchmark.json").read_bytes() == (two / "benchmark.json").read_bytes()
@@ -91,17 +97,17 @@ def test_same_seed_same_numbers_and_killed_runs_resume_to_them(script, tmp_path,
     assert curves[0] == curves[1]
     assert len(curves[0]) == 9
     # resuming a finished run repeats its benchmark; another value of a flag would not be the same run
-    result = script(phase.script, "--resume", two, "--learning-rate", 0.1)
-    assert result.returncode == 2
+    with pytest.raises(runs.UsageError) as refusal:
+        main("--resume", two, "--learning-rate", 0.1)
     had = phase.module.Args().learning_rate
-    assert result.stderr == f"error: --learning-rate is 0.1, but the run to resume has {had}\n"
+    assert str(refusal.value) == f"--learning-rate is 0.1, but the run to resume has {had}"
     if phase.module.PHASE != "phase1":
         return  # what follows is the same code in all of them
     # a run that was killed before its first checkpoint starts again
     unborn = tmp_path / "unborn"
     unborn.mkdir()
     shutil.copy(one / "args.json", unborn)
-    assert script(phase.script, "--resume", unborn).returncode == done.returncode
+    assert main("--resume", unborn) == passed
     assert (unborn / "benchmark.json").read_bytes() == (one / "benchmark.json").read_bytes()
 
 
@@ -114,7 +120,7 @@ def test_seeds_differ(tmp_path, phase):
     assert not torch.equal(*weights)
 
 
-def test_evaluate_on_other_markets(main, tmp_path, phase):
+def test_evaluate_on_other_markets(main, undrawn, tmp_path, phase):
     main(*phase.flags())
     trained = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
@@ -125,7 +131,7 @@ def test_evaluate_on_other_markets(main, tmp_path, phase):
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
-def test_evaluate_on_the_real_sp500(main, tmp_path, phase):
+def test_evaluate_on_the_real_sp500(main, undrawn, tmp_path, phase):
     main(*phase.flags(dynamics="garch", history_end="2010-12-31"))
     main("--evaluate", run_folder(tmp_path), "--dynamics", "historical")
     folder = run_folder(tmp_path, "*evaluate*")
