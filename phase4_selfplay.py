@@ -542,6 +542,10 @@ def num_updates(args: Args) -> int:
     return args.total_timesteps // (args.num_envs * args.num_steps * runs.world_size())
 
 
+def averaging_rate(args: Args) -> float:
+    return min(1.0, 1.0 / (args.average * num_updates(args)))
+
+
 def anneal(optimizer, args: Args, iteration: int) -> None:
     left = 1.0 - (iteration - 1) / num_updates(args)
     optimizer.param_groups[0]["lr"].fill_(args.learning_rate * min(1.0, left / args.anneal_share))
@@ -632,7 +636,7 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     weights, averages = list(agent.parameters()), list(average.parameters())
-    rate = min(1.0, 1.0 / (args.average * num_iterations))
+    rate = averaging_rate(args)
 
     def iterate(turn: int) -> Tensor:
         opponents.turn = turn
@@ -694,7 +698,8 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
 def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -> Agent:
     """Trains a copy of `agent` for as many steps again against `agent` itself, which stays as it is.
 
-    What it gains is a lower bound of what the policy leaves to be exploited. Returns the best of ten evaluations.
+    What it gains is a lower bound of what the policy leaves to be exploited. Returns the best of ten evaluations of the
+    moving average, and `agent` if none of them is better.
     """
     device = market.device
     market, response = market.like(args.num_envs), copy.deepcopy(agent).requires_grad_(True)
@@ -705,12 +710,19 @@ def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -
     validation = benchmark.Validation(frozen, agent.policy, "frozen")
     best, best_gain = copy.deepcopy(agent), 0.0
 
+    average = copy.deepcopy(agent).requires_grad_(False)
+    weights, averages = list(response.parameters()), list(average.parameters())
+    rate = averaging_rate(args)
+
     def iterate() -> Tensor:
         batch, _ = rollout(market, response, agent.policy, response.act, args, generator)
-        return update(response, optimizer, batch, ppo_loss, args, generator)
+        losses = update(response, optimizer, batch, ppo_loss, args, generator)
+        torch._foreach_lerp_(averages, weights, rate)
+        return losses
 
     if args.cudagraphs:
-        iterate = runs.cuda_graph(iterate, response, optimizer, [generator, market.generator])
+        learners = nn.ModuleList([response, average])
+        iterate = runs.cuda_graph(iterate, learners, optimizer, [generator, market.generator])
     steps = args.num_envs * args.num_steps * runs.world_size()
     evaluations = {math.ceil(num_updates(args) * (i + 1) / 10) for i in range(10)}
     progress = runs.progress_bar(num_updates(args) * steps)
@@ -722,9 +734,9 @@ def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -
             raise runs.DivergenceError(f"{error}, training the best response; {runs.last_good(run_dir)}") from None
         progress.update(steps)
         if iteration in evaluations:
-            gain = validation(response.policy)["charts/gain_over_frozen"]
+            gain = validation(average.policy)["charts/gain_over_frozen"]
             if gain > best_gain:
-                best, best_gain = copy.deepcopy(response), gain
+                best, best_gain = copy.deepcopy(average), gain
             progress.set_description(f"best response to the agent gains {best_gain:+.3f}")
     progress.close()
     return best

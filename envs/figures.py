@@ -416,7 +416,8 @@ def quoting_episode(
     title_of_money = "wealth of each in the same seat, with the same takers" if len(colours) > 1 else "wealth"
     money.set(title=title_of_money, ylabel="currency", xlabel="step")
     for axis in axes.flat:
-        axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=8)
+        columns = 3 if axis is quotes else 1  # flat, between asks and bids
+        axis.legend(frameon=True, edgecolor="none", framealpha=0.6, loc="best", fontsize=8, ncols=columns)
     figure.suptitle(f"{title}: one episode")
     figure.tight_layout()
     _save(figure, path)
