@@ -44,8 +44,7 @@ class Args:
 
     Commands to start from:
 
-      python phase4_selfplay.py --num-envs 64               the main job
-      python phase4_selfplay.py                             more environments, on a GPU if there is one
+      python phase4_selfplay.py --num-envs 64               the main job, on a GPU if there is one
       python phase4_selfplay.py --opponent pool             fictitious self-play over past snapshots
       python phase4_selfplay.py --num-makers 3
       python phase4_selfplay.py --resume runs/NAME          go on where a run stopped
@@ -137,8 +136,8 @@ class Args:
     # The algorithm
     total_timesteps: int = 3_000_000
     """environment steps of the whole run, over all environments"""
-    num_envs: int = 128
-    """environments side by side"""
+    num_envs: int = 64
+    """environments side by side; more of them are faster, but make fewer updates of as many steps"""
     learning_rate: float = 2e-3
     """learning rate of Adam"""
     anneal_share: float = 0.25
