@@ -143,9 +143,9 @@ class Args:
     anneal_share: float = 0.25
     """share of the run, its last, in which the learning rate falls linearly to zero"""
     gamma: float = 1.0
-    """discount factor"""
+    """discount factor; at 0 no maker is credited with how its rivals will react to its quotes"""
     gae_lambda: float = 0.85
-    """λ of generalised advantage estimation; higher ones earn more, but no more objective, at more risk"""
+    """λ of generalised advantage estimation"""
     min_std: float = 0.25
     """floor of the exploration's standard deviation (raw action): what is better shows in proportion to it"""
     copies: int = 4
