@@ -4,7 +4,7 @@ Runs phase 4 from several half-spreads and seeds, without the best response, and
 
     python benchmarks/selfplay_starts.py                   the default market from 0.9 and 1.6 vol points, three seeds
     python benchmarks/selfplay_starts.py --neutral         nothing risked, hedging free; makers who do not look ahead
-    python benchmarks/selfplay_starts.py --neutral --flags "--gamma 1"    makers who do
+    python benchmarks/selfplay_starts.py --neutral --flags="--gamma 1"    makers who do
 
 Each run leaves its own folder under runs/; figure and data go to runs/selfplay_starts/ (or -2, -3 …). Exit code 0:
 every run passed its benchmark, and the final edges of a seed agree within 4 %.
@@ -39,7 +39,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of the runs"""
     flags: str = ""
-    """further flags of phase4_selfplay.py, in quotes"""
+    """further flags of phase4_selfplay.py, as in --flags="--gamma 1" (with the equals sign)"""
     jobs: int = 2
     """runs side by side"""
 

@@ -1,13 +1,14 @@
 """What is particular to phase 4; what all phases share is in test_scripts.py."""
 
 import copy
+import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PHASES
+from conftest import PHASES, ROOT
 
 import phase4_selfplay as phase4
 from envs import AgainstRivals, baselines, benchmark, makers, runs
@@ -245,3 +246,26 @@ def test_classical_makers_take_their_turns():
         expected = known[opponents.turn - 1] if opponents.turn else opponents.actor.policy
         assert torch.equal(opponents.policy(observation), expected(observation))
     assert turns == [0, 1, 0, 2, 0, 1, 0, 2]
+
+
+def test_starts_must_end_alike(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    selfplay_starts = importlib.import_module("selfplay_starts")
+    curve = [{"global_step": 0, "charts/selfplay_half_spread": 1.0}]
+
+    def ends(slope):
+        def train(args, start, seed):
+            edges = {"edge": 0.8 + slope * start, "nash": 0.8, "monopoly": 1.2, "collusion": 0.0, "exploitability": 0.0}
+            return {"passed": True, "title": "", "settings": {"competition": edges}}, curve
+
+        return train
+
+    monkeypatch.setattr(selfplay_starts, "train", ends(0.01))
+    assert selfplay_starts.main(["--neutral"])
+    assert "seed 3: final edges 0.87 % apart" in capsys.readouterr().out
+    monkeypatch.setattr(selfplay_starts, "train", ends(0.1))
+    assert not selfplay_starts.main([])
+    assert (tmp_path / "runs" / "selfplay_starts-2" / "selfplay_starts.png").exists()
+    with pytest.raises(runs.UsageError, match="--starts needs two"):
+        selfplay_starts.main(["--starts", "1.0"])
