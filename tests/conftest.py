@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
 import phase4_selfplay as phase4
-from envs import HedgingEnv, dynamics, hedging, makers
+from envs import HedgingEnv, dynamics, figures, hedging, makers
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -45,6 +46,17 @@ MAKERS = {
     "GLFT, tuned",
     "GLFT, min-variance band, tuned",
 }
+
+
+TUNED, TUNE = {}, makers.classical_makers
+
+
+def remembered(market, *multiples) -> makers.Makers:
+    """`makers.classical_makers`, but each market is tuned for once."""
+    key = (makers.describe(market), market.num_envs, multiples)
+    if key not in TUNED:
+        TUNED[key] = TUNE(market, *multiples)
+    return makers.assemble(market, TUNED[key].parameters, TUNED[key].origin)
 
 
 class Phase(NamedTuple):
@@ -79,7 +91,7 @@ class Phase(NamedTuple):
         market, device = dynamics.GBM(), torch.device(device)
         if self.module in (phase3, phase4):
             model = self.module.make_dynamics(args)
-            market = makers.classical_makers(self.module.make_market(args, model, args.tuning_episodes, device))
+            market = remembered(self.module.make_market(args, model, args.tuning_episodes, device))
         return self.module.train(args, market, folder, device, None, None)[:2]
 
 
@@ -120,6 +132,15 @@ PHASES = {
 @pytest.fixture(params=PHASES)
 def phase(request) -> Phase:
     return PHASES[request.param]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Makes short runs shorter: figures are made but not rendered (`test_smoke` renders them), and the makers tuned for
+    a market are remembered."""
+    monkeypatch.setattr(figures, "_save", lambda figure, path: Image.new("L", (1, 1)).save(path))
+    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda self: None)
+    monkeypatch.setattr(makers, "classical_makers", remembered)
 
 
 @pytest.fixture

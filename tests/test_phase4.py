@@ -194,12 +194,12 @@ def test_a_best_response_exploits_a_bad_policy(tmp_path):
     assert response.policy(observation)[:, 0].mean() < 0.9 * agent.policy(observation)[:, 0].mean()
 
 
-def test_guests_join_cross_play_and_pool(tmp_path, monkeypatch, capsys):
+def test_guests_join_cross_play_and_pool(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    phase4.main(PHASE.flags(iterations=4))
+    phase4.main(PHASE.flags(iterations=4, eval_episodes=64))
     (first,) = tmp_path.glob("runs/*")
     name = first.name
-    flags = PHASE.flags(iterations=4, opponent="pool", seed=2, start_edge=1.1)
+    flags = PHASE.flags(iterations=4, eval_episodes=64, opponent="pool", seed=2, start_edge=1.1)
     phase4.main([*flags, "--guests", str(first), "--no-exploitability"])
     newest = max(tmp_path.glob("runs/*"), key=lambda path: path.stat().st_mtime)
     first.rename(tmp_path / "moved")  # the run knows its guests without their files

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from conftest import PHASES, ROOT
 
-from envs import figures, runs
+from envs import runs
 
 
 def run_folder(tmp_path, pattern="*") -> Path:
@@ -27,13 +28,6 @@ def main(phase, tmp_path, monkeypatch):
     """Calls the phase's main in `tmp_path`, in this process: main(*flags) → whether the benchmark passed."""
     monkeypatch.chdir(tmp_path)
     return lambda *flags: phase.module.main([str(flag) for flag in flags])
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made but not rendered, which is half the time of a short run; `test_smoke` renders them."""
-    monkeypatch.setattr(figures, "_save", lambda figure, path: path.touch())
-    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda self: None)
 
 
 MODELS_OF = {name: ("gbm", "heston") if name == "phase4" else ("gbm", "garch", "heston", "merton") for name in PHASES}
@@ -57,7 +51,7 @@ def test_smoke(main, tmp_path, phase, name, capsys):
     assert [row["global_step"] for row in rows] == [phase.num_envs * phase.num_steps * i for i in (0, 3, 6, 9, 12)]
 
 
-def test_same_seed_same_numbers_and_killed_runs_resume_to_them(main, undrawn, tmp_path, phase, monkeypatch, capsys):
+def test_same_seed_same_numbers_and_killed_runs_resume_to_them(main, quick, tmp_path, phase, monkeypatch, capsys):
     flags = phase.flags(iterations=24, num_evaluations=8)
     first, second = tmp_path / "first", tmp_path / "second"
     folders = []
@@ -120,7 +114,7 @@ def test_seeds_differ(tmp_path, phase):
     assert not torch.equal(*weights)
 
 
-def test_evaluate_on_other_markets(main, undrawn, tmp_path, phase):
+def test_evaluate_on_other_markets(main, quick, tmp_path, phase):
     main(*phase.flags())
     trained = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
@@ -131,7 +125,7 @@ def test_evaluate_on_other_markets(main, undrawn, tmp_path, phase):
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
-def test_evaluate_on_the_real_sp500(main, undrawn, tmp_path, phase):
+def test_evaluate_on_the_real_sp500(main, quick, tmp_path, phase):
     main(*phase.flags(dynamics="garch", history_end="2010-12-31"))
     main("--evaluate", run_folder(tmp_path), "--dynamics", "historical")
     folder = run_folder(tmp_path, "*evaluate*")
@@ -171,10 +165,11 @@ def test_no_phase_imports_another_and_envs_keeps_to_itself():
             assert "sys.argv" not in text, path
 
 
-def test_track_offline(main, tmp_path, phase, monkeypatch):
+def test_track_offline(main, quick, tmp_path, phase, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     main(*phase.flags(), "--track")
+    wandb.teardown()  # or the next run in this process would write where this one did
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
