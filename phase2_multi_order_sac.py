@@ -438,8 +438,9 @@ def update(agent: Agent, env, optimizer, buffer: ReplayBuffer, loss_function, ar
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        torch._foreach_lerp_(targets, critics, args.tau)
-        torch._foreach_lerp_(averages, actors, args.average)
+        with torch.no_grad():
+            torch._foreach_lerp_(targets, critics, args.tau)
+            torch._foreach_lerp_(averages, actors, args.average)
         parts.append(loss_parts)
     return torch.stack(parts).mean(0)
 

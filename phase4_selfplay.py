@@ -541,8 +541,11 @@ def num_updates(args: Args) -> int:
     return args.total_timesteps // (args.num_envs * args.num_steps * runs.world_size())
 
 
-def averaging_rate(args: Args) -> float:
-    return min(1.0, 1.0 / (args.average * num_updates(args)))
+@torch.no_grad()
+def follow(average: Agent, agent: Agent, args: Args) -> None:
+    """Moves the moving average of the weights by one update."""
+    rate = min(1.0, 1.0 / (args.average * num_updates(args)))
+    torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
 
 
 def anneal(optimizer, args: Args, iteration: int) -> None:
@@ -634,15 +637,12 @@ def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint
     act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
-    weights, averages = list(agent.parameters()), list(average.parameters())
-    rate = averaging_rate(args)
-
     def iterate(turn: int) -> Tensor:
         opponents.turn = turn
         batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
         opponents.score(runs.average(lead))
         losses = update(agent, optimizer, batch, loss_function, args, generator)
-        torch._foreach_lerp_(averages, weights, rate)
+        follow(average, agent, args)
         return losses
 
     if args.cudagraphs:
@@ -707,16 +707,13 @@ def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -
     market.generator.manual_seed(runs.rank_seed(args.seed + RESPONSE_SEED))
     frozen = AgainstRivals(market.like(EPISODES), [agent.policy] * (market.num_makers - 1))
     validation = benchmark.Validation(frozen, agent.policy, "frozen")
-    best, best_gain = copy.deepcopy(agent), 0.0
-
     average = copy.deepcopy(agent).requires_grad_(False)
-    weights, averages = list(response.parameters()), list(average.parameters())
-    rate = averaging_rate(args)
+    best, best_gain = agent, 0.0
 
     def iterate() -> Tensor:
         batch, _ = rollout(market, response, agent.policy, response.act, args, generator)
         losses = update(response, optimizer, batch, ppo_loss, args, generator)
-        torch._foreach_lerp_(averages, weights, rate)
+        follow(average, response, args)
         return losses
 
     if args.cudagraphs:

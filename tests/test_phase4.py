@@ -173,7 +173,8 @@ def test_start_edge_and_average(tmp_path):
     agent, _, snapshots = phase4.train(args, classics, tmp_path, CPU, None, None)
     assert agent.linear_maker[0] == pytest.approx(0.7)
     (first,) = snapshots
-    assert torch.equal(snapshots[first], phase4.to_vector(agent)) is False
+    assert not torch.equal(snapshots[first], phase4.to_vector(agent))
+    assert not any(p.requires_grad for p in agent.parameters())  # the average is no function of the past to autograd
 
 
 def test_a_best_response_leaves_the_policy_as_it_is_and_is_never_worse(tmp_path):
