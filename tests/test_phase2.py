@@ -250,14 +250,14 @@ def test_cost_trend_figure(tmp_path):
     assert (tmp_path / "trend.png").stat().st_size > 10_000
 
 
-def test_resuming_without_the_buffer_fills_a_new_one(script, tmp_path):
-    assert script(PHASE.script, *PHASE.flags(), "--no-save-buffer").returncode in (0, 1)
+def test_resuming_without_the_buffer_fills_a_new_one(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    phase2.main([*PHASE.flags(), "--no-save-buffer"])
     (folder,) = tmp_path.glob("runs/*")
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["buffer"] is None
     assert (folder / "checkpoint.pt").stat().st_size < 200_000
     checkpoint["iteration"], checkpoint["rows"] = 6, 3
     torch.save(checkpoint, folder / "checkpoint.pt")
-    result = script(PHASE.script, "--resume", folder)
-    assert result.returncode in (0, 1), result.stderr
+    phase2.main(["--resume", str(folder)])
     assert len(runs.read_metrics(folder / "metrics.csv")) == 5
