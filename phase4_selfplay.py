@@ -830,14 +830,20 @@ def finish_tracker(tracker, result: benchmark.Benchmark, played: league.CrossPla
     tracker.finish()
 
 
-def load_agent(args: Args, checkpoint: dict, market: QuotingEnv) -> Agent:
-    """The agent of a checkpoint, to be evaluated in another market than it was trained in, but not on its own past."""
+def agent_of(checkpoint: dict, market: QuotingEnv, source: str) -> Agent:
+    """The agent of a checkpoint, in this market; `source` names it in errors."""
     agent = Agent(market).to(market.device)
     try:
         agent.load_state_dict(checkpoint["agent"])
     except (RuntimeError, AttributeError, TypeError):
-        raise runs.UsageError(f"{args.evaluate}: does not fit this script, its networks have other shapes") from None
-    runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{args.evaluate}: NaN in its networks")
+        raise runs.UsageError(f"{source}: does not fit this script, its networks have other shapes") from None
+    runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{source}: NaN in its networks")
+    return agent
+
+
+def load_agent(args: Args, checkpoint: dict, market: QuotingEnv) -> Agent:
+    """The agent of a checkpoint, to be evaluated in another market than it was trained in, but not on its own past."""
+    agent = agent_of(checkpoint, market, args.evaluate)
     trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
     length, snapshots = len(to_vector(agent)), checkpoint.get("snapshots")
     runs.check(isinstance(snapshots, dict), f"{args.evaluate}: does not fit this script, it has no snapshots")
@@ -856,16 +862,10 @@ def load_guests(args: Args, market: QuotingEnv) -> dict[str, Tensor]:
     """Snapshots of the agents of other runs, by the names of their folders."""
     guests = {}
     for source in args.guests:
-        checkpoint = runs.load_checkpoint(source, PHASE, ["agent"])
-        guest = Agent(market)
-        try:
-            guest.load_state_dict(checkpoint["agent"])
-        except (RuntimeError, AttributeError, TypeError):
-            raise runs.UsageError(f"--guests {source}: its networks have other shapes, for another market") from None
-        runs.check(all(x.isfinite().all() for x in guest.state_dict().values()), f"--guests {source}: NaN in it")
+        guest = agent_of(runs.load_checkpoint(source, PHASE, ["agent"]), market, f"--guests {source}")
         name = f"guest {(Path(source) if Path(source).is_dir() else Path(source).parent).resolve().name}"
         runs.check(name not in guests, f"--guests {source}: another guest has the same name")
-        guests[name] = to_vector(guest).to(market.device)
+        guests[name] = to_vector(guest)
     return guests
 
 

@@ -11,18 +11,15 @@ agent trades less and keeps more delta at every step up of the cost, and is nowh
 """
 
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from as_user import run_phase  # puts the root of the project on the path, too
 
-from envs import figures, runs  # noqa: E402
-from phase2_multi_order_sac import Args as Phase2Args  # noqa: E402
+from envs import figures, runs
+from phase2_multi_order_sac import Args as Phase2Args
 
 
 @dataclass
@@ -44,17 +41,9 @@ class Args:
 def train(args: Args, cost_rate: float) -> dict:
     """Runs the script as a user would; returns its benchmark.json."""
     name = f"cost_trend_{1e4 * cost_rate:g}bp"
-    command = [sys.executable, str(ROOT / "phase2_multi_order_sac.py"), "--exp-name", name, "--seed", str(args.seed)]
-    command += ["--cost-rate", str(cost_rate), "--total-timesteps", str(args.total_timesteps)]
-    command += ["--eval-episodes", str(args.eval_episodes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
-        kind = runs.UsageError if done.returncode == 2 else runs.DivergenceError
-        raise kind(f"cost rate {cost_rate:g}: {reason}")
-    folder = Path(done.stdout.split(":", 1)[0])
-    print(f"{1e4 * cost_rate:g} bp: {folder}, {'passed' if done.returncode == 0 else 'failed'}", flush=True)
+    flags = ["--exp-name", name, "--seed", str(args.seed), "--cost-rate", str(cost_rate)]
+    flags += ["--total-timesteps", str(args.total_timesteps), "--eval-episodes", str(args.eval_episodes)]
+    folder = run_phase("phase2_multi_order_sac.py", flags, f"{1e4 * cost_rate:g} bp")
     return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
 
 

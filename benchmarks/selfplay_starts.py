@@ -11,19 +11,16 @@ every run passed its benchmark, and the final edges of a seed agree within 4 %.
 """
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from as_user import run_phase  # puts the root of the project on the path, too
 
-from envs import figures, runs  # noqa: E402
+from envs import figures, runs
 
 NEUTRAL = ("--dynamics", "gbm", "--risk-aversion", "0", "--cost-rate", "0", "--gamma", "0")
 
@@ -46,17 +43,9 @@ class Args:
 
 def train(args: Args, start: float, seed: int) -> tuple[dict, list[dict]]:
     """Runs the script as a user would; returns its benchmark.json and metrics.csv."""
-    command = [sys.executable, str(ROOT / "phase4_selfplay.py"), "--exp-name", f"start_{start:g}", "--seed", str(seed)]
-    command += ["--start-edge", str(start), "--no-exploitability"]
-    command += [*(NEUTRAL if args.neutral else ()), *shlex.split(args.flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
-        kind = runs.UsageError if done.returncode == 2 else runs.DivergenceError
-        raise kind(f"start {start:g}, seed {seed}: {reason}")
-    folder = Path(done.stdout.split(":", 1)[0])
-    print(f"start {start:g}, seed {seed}: {folder}, {'passed' if done.returncode == 0 else 'failed'}", flush=True)
+    flags = ["--exp-name", f"start_{start:g}", "--seed", str(seed), "--start-edge", str(start), "--no-exploitability"]
+    flags += [*(NEUTRAL if args.neutral else ()), *shlex.split(args.flags)]
+    folder = run_phase("phase4_selfplay.py", flags, f"start {start:g}, seed {seed}")
     result = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
     return result, runs.read_metrics(folder / "metrics.csv")
 
@@ -72,7 +61,6 @@ def main(argv) -> bool:
     with ThreadPoolExecutor(args.jobs) as pool:
         done = dict(zip(pairs, pool.map(lambda pair: train(args, *pair), pairs), strict=True))
     folder = runs.new_folder(Path("runs/selfplay_starts"))
-    found = {pair: result["settings"]["competition"] for pair, (result, _) in done.items()}
     rows = [
         {"start": start, "seed": seed, "passed": result["passed"], **result["settings"]["competition"]}
         for (start, seed), (result, _) in done.items()
@@ -80,7 +68,7 @@ def main(argv) -> bool:
     runs.write_json(folder / "selfplay_starts.json", rows)
     curves = {f"from {start:g}, seed {seed}": curve for (start, seed), (_, curve) in done.items()}
     title = next(iter(done.values()))[0]["title"]
-    known = next(iter(found.values()))
+    known = rows[0]
     figures.edge_over_training(folder / "selfplay_starts.png", curves, known["nash"], known["monopoly"], title)
     print(f"\nNash {known['nash']:.4f}, monopoly {known['monopoly']:.4f} vol points, where nothing is risked")
     print(" start  seed  final edge  off Nash  passed", " collusion index  exploitable in closed form" * args.neutral)
@@ -91,7 +79,7 @@ def main(argv) -> bool:
         print(rest)
     apart = {}
     for seed in args.seeds:
-        edges = [found[start, seed]["edge"] for start in args.starts]
+        edges = [row["edge"] for row in rows if row["seed"] == seed]
         apart[seed] = max(edges) / min(edges) - 1
         print(f"seed {seed}: final edges {100 * apart[seed]:.2f} % apart")
     print(f"figure: {folder}")

@@ -286,6 +286,18 @@ COLUMNS = {
 }
 
 
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that also reads well in a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+
+    def render(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "| " + " | ".join([first] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([render(header), rule, *map(render, body)])
+
+
 @dataclass
 class Criterion:
     """One condition of the verdict, and the figure that decided it."""
@@ -333,14 +345,7 @@ class Benchmark:
             advantage = str(self.advantages[name]) if name in self.advantages else ""
             body.append([name, advantage] + [f"{row[key]:.3f}" for key in self.columns])
             body[-1][2] = f"{row['objective']:.4f} ± {row['objective_se']:.4f}"
-        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-
-        def render(cells: Sequence[str]) -> str:
-            first = cells[0].ljust(widths[0])
-            return "| " + " | ".join([first] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]) + " |"
-
-        rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-        return "\n".join([render(header), rule, *map(render, body)])
+        return markdown_table(header, body)
 
     def verdict(self) -> str:
         """One line per share and criterion, then BENCHMARK PASSED or BENCHMARK FAILED with what failed."""

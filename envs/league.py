@@ -10,8 +10,17 @@ import torch
 
 from envs import optimum
 from envs.baselines import Policy
-from envs.benchmark import BENCHMARK_SEED, Benchmark, Contest, Estimate, compare, estimate, evaluate, relative_gain
-from envs.makers import NAMED_MAKER, QUOTING_COLUMNS
+from envs.benchmark import (
+    BENCHMARK_SEED,
+    Benchmark,
+    Contest,
+    Estimate,
+    estimate,
+    evaluate,
+    markdown_table,
+    relative_gain,
+)
+from envs.makers import NAMED_MAKER, quoting_benchmark, require_episodes
 from envs.quoting import AgainstRivals, QuotingEnv
 from envs.runs import write_json
 
@@ -91,12 +100,7 @@ class CrossPlay:
             [name, *(f"{x:.3f}" for x in means), f"{rating:+.3f}"]
             for name, means, rating in zip(self.names, self.means, self.ratings, strict=True)
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "| " + " | ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) + " |" for row in (header, *rows)
-        ]
-        lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-        return "\n".join(lines)
+        return markdown_table(header, rows)
 
     def summary(self) -> str:
         """How transitive it all is, in one line."""
@@ -199,8 +203,7 @@ def competition(market: QuotingEnv, policy: Policy, episodes: int = 4096) -> Com
         takers = (market.intensity[t] * market.total_vega[t][:, None])[:, None]  # (n, 1, 2), weighted by vega
         rivals = edges[:, market.rivals].transpose(-1, -2)  # (n, makers, 2, makers − 1)
         answer = optimum.best_response(rivals, k, reference)
-        odds = (-k * (answer - reference)).exp()
-        picked = odds / (1.0 + odds + (-k * (rivals - reference)).exp().sum(-1))
+        picked = 1.0 - 1.0 / (k * answer)  # the first-order condition, solved for P
         edge += float((edges * takers).sum() / makers)
         earned += float((edges * market.choice_probabilities(edges) * takers).sum())
         best += float((answer * picked * takers).sum())
@@ -233,19 +236,11 @@ def judge_selfplay(
     is risked and hedging is free, its edge must be within 3 % of the Nash equilibrium's, a best response in closed form
     gain no more than 0.3 %, and the collusion index lie within ±0.1.
     """
-    played, market = contest.played, contest.env.env
-    settings = {**settings, "episodes": len(played["agent"]["pnl"]), **contest.settings}
+    market = contest.env.env
     neutral = market.risk_aversion == market.cost_rate == 0
     names = ("edge", "nash", "monopoly", *(("collusion", "exploitability") if neutral else ()))
-    settings["competition"] = {name: getattr(compete, name) for name in names}
-    result = compare(title, settings, played, "agent", contest.block, QUOTING_COLUMNS)
-    agent, named = played["agent"], played[NAMED_MAKER]
-    gain = None
-    for name, label in (("objective", "objective"), ("pnl", "mean P&L")):
-        if named[name].mean() > 0:  # or a share of it means nothing
-            share = relative_gain(agent[name], named[name], contest.block)
-            result.shares[f"{label} above {NAMED_MAKER}"] = share
-            gain = share if name == "objective" else gain
+    settings = {**settings, "competition": {name: getattr(compete, name) for name in names}}
+    result, gains = quoting_benchmark(title, settings, contest)
     if neutral:
         off = compete.edge / compete.nash - 1.0
         detail = f"{compete.edge:.4f}, {100 * off:+.2f} % off {compete.nash:.4f} (a monopoly's: {compete.monopoly:.4f})"
@@ -257,8 +252,8 @@ def judge_selfplay(
     else:
         result.require_advantage(NAMED_MAKER)
         if default_market:
-            enough = gain is not None and gain.mean >= 0.28
-            result.require(f"objective 28 % above {NAMED_MAKER}", enough, f"{100 * gain.mean if gain else 0:+.1f} %")
+            gain = gains["objective"].mean if "objective" in gains else float("nan")
+            result.require(f"objective 28 % above {NAMED_MAKER}", gain >= 0.28, f"{100 * gain:+.1f} %")
     if exploited is not None:
         result.shares["best response, trained, gains (a lower bound)"] = exploited.share
         if not neutral:
@@ -276,6 +271,5 @@ def judge_selfplay(
             advantage, old, rival = worst
             detail = f"by least than {old}, against {rival}: {advantage}"
             result.require("earns more than its snapshots against every rival", advantage.mean > 0, detail)
-    if "windows" not in settings:
-        result.require("has 8,192 episodes or more", settings["episodes"] >= 8192, f"{settings['episodes']:,}")
+    require_episodes(result)
     return result

@@ -17,6 +17,7 @@ from envs.benchmark import (
     TUNING_SEED,
     Benchmark,
     Contest,
+    Estimate,
     compare,
     evaluate,
     play,
@@ -234,6 +235,26 @@ def edge_error(env: AgainstRivals, policy: Policy) -> float:
     return total / env.num_steps
 
 
+def quoting_benchmark(title: str, settings: dict, contest: Contest) -> tuple[Benchmark, dict[str, Estimate]]:
+    """The benchmark of a maker before its verdict, and how far it is above the named baseline, as a share of that."""
+    agent, named = contest.played["agent"], contest.played[NAMED_MAKER]
+    settings = {**settings, "episodes": len(agent["pnl"]), **contest.settings}
+    result = compare(title, settings, contest.played, "agent", contest.block, QUOTING_COLUMNS)
+    gains = {}
+    for name, label in (("objective", "objective"), ("pnl", "mean P&L")):
+        if named[name].mean() > 0:  # or a share of it means nothing
+            gains[label] = relative_gain(agent[name], named[name], contest.block)
+            result.shares[f"{label} above {NAMED_MAKER}"] = gains[label]
+    return result, gains
+
+
+def require_episodes(result: Benchmark) -> None:
+    """Adds the criterion that enough episodes were played; on real closes there are as many as there are."""
+    if "windows" not in result.settings:
+        episodes = result.settings["episodes"]
+        result.require("has 8,192 episodes or more", episodes >= 8192, f"{episodes:,}")
+
+
 def judge_quoting(title: str, settings: dict, contest: Contest, default_market: bool) -> Benchmark:
     """The verdict on a maker: it must beat every classical one in its seat, with the same takers.
 
@@ -242,14 +263,8 @@ def judge_quoting(title: str, settings: dict, contest: Contest, default_market: 
     where nothing is risked and hedging is free, an edge within 3 % of the best response.
     """
     played = contest.played
-    settings = {**settings, "episodes": len(played["agent"]["pnl"]), **contest.settings}
-    result = compare(title, settings, played, "agent", contest.block, QUOTING_COLUMNS)
-    rows, agent, named = result.rows, played["agent"], played[NAMED_MAKER]
-    gains = {}
-    for name, label in (("objective", "objective"), ("pnl", "mean P&L")):
-        if named[name].mean() > 0:  # or a share of it means nothing
-            gains[label] = relative_gain(agent[name], named[name], contest.block)
-            result.shares[f"{label} above {NAMED_MAKER}"] = gains[label]
+    result, gains = quoting_benchmark(title, settings, contest)
+    rows = result.rows
     if contest.exact:
         env = contest.env.like(4096)
         env.reset(seed=BENCHMARK_SEED)
@@ -270,8 +285,7 @@ def judge_quoting(title: str, settings: dict, contest: Contest, default_market: 
         result.require(f"P&L sd no higher than of {NAMED_MAKER}", own <= other, f"{own:.3f}, {other:.3f}")
         margin = result.advantages[STRONGEST_MAKER].mean
         result.require(f"0.2 above {STRONGEST_MAKER}", margin >= 0.2, f"{margin:+.4f}")
-    if "windows" not in settings:
-        result.require("has 8,192 episodes or more", settings["episodes"] >= 8192, f"{settings['episodes']:,}")
+    require_episodes(result)
     return result
 
 
