@@ -75,13 +75,15 @@ class Args:
 
     # The market
     dynamics: str = "gbm"
-    """model of the underlying: gbm, garch, heston, merton; historical (real closes) with --evaluate only"""
+    """model of the underlying: gbm, garch, heston, merton, marlvol; historical (real closes) with --evaluate only"""
     volatility: float = 0.2
     """annualised volatility of gbm, a decimal"""
     history: str | None = None
     """CSV with columns date and close for garch and historical; the S&P 500 of 1999–2018 by default"""
     history_end: str | None = None
     """YYYY-MM-DD: garch is fitted on closes up to this day, historical replays the closes after it"""
+    marlvol_checkpoint: str | None = None
+    """run folder or checkpoint of phase 0, whose market marlvol is"""
     num_steps: int = 30
     """trading days in an episode"""
     num_strikes: int = 5
@@ -153,6 +155,10 @@ def validate(args: Args) -> None:
     names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
     hint = "" if args.evaluate else "; historical with --evaluate"
     runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
+    calibrated = args.dynamics == "marlvol"
+    runs.check(
+        not calibrated or args.marlvol_checkpoint, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0"
+    )
     runs.check_range(args, 1e-3, 10, "volatility")
     runs.check_range(args, 0, 0.5, "cost_rate")
     runs.check_range(args, 0, 1e6, "risk_aversion")
@@ -182,6 +188,7 @@ def validate(args: Args) -> None:
         return  # the rest is about training
     fitted = args.dynamics == "garch"
     runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
+    runs.check(calibrated or not args.marlvol_checkpoint, "--marlvol-checkpoint needs --dynamics marlvol")
     runs.check_range(args, 0, math.inf, "learning_rate", "reward_scale", "alpha", open_low=True)
     runs.check_range(args, 0, 1, "gamma")
     runs.check_range(args, 0, 1, "tau", "average", open_low=True)
@@ -202,9 +209,13 @@ def validate(args: Args) -> None:
 def make_dynamics(args: Args) -> dynamics.Dynamics:
     """The model of the underlying that the flags describe; data errors become usage errors."""
     try:
-        return dynamics.make(args.dynamics, args.volatility, args.history, args.history_end, args.num_steps)
+        history = (args.history, args.history_end, args.num_steps)
+        model = dynamics.make(args.dynamics, args.volatility, *history, checkpoint=args.marlvol_checkpoint)
     except ValueError as error:
         raise runs.UsageError(str(error)) from None
+    allowed = f"at most {model.last_step} with this market: the smile ends there"
+    runs.check(args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
+    return model
 
 
 def make_env(args: Args, model: dynamics.Dynamics, num_envs: int, device: torch.device) -> HedgingEnv:

@@ -77,7 +77,7 @@ class Args:
 
     # The market
     dynamics: str = "heston"
-    """model of the underlying: gbm, garch, heston, merton; historical (real closes) with --evaluate only"""
+    """model of the underlying: gbm, garch, heston, merton, marlvol; historical (real closes) with --evaluate only"""
     volatility: float = 0.2
     """annualised volatility, a decimal: of gbm, and at the start and in the long run of heston"""
     mean_reversion: float = 4.0
@@ -90,6 +90,8 @@ class Args:
     """CSV with columns date and close for garch and historical; the S&P 500 of 1999–2018 by default"""
     history_end: str | None = None
     """YYYY-MM-DD: garch is fitted on closes up to this day, historical replays the closes after it"""
+    marlvol_checkpoint: str | None = None
+    """run folder or checkpoint of phase 0, whose market marlvol is"""
     num_steps: int = 60
     """steps of an episode, half a trading day each (garch, historical: a day); the options live twice as long"""
     num_makers: int = 2
@@ -155,6 +157,10 @@ def validate(args: Args) -> None:
     names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
     hint = "" if args.evaluate else "; historical with --evaluate"
     runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
+    calibrated = args.dynamics == "marlvol"
+    runs.check(
+        not calibrated or args.marlvol_checkpoint, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0"
+    )
     runs.check_range(args, 1e-3, 10, "volatility")
     runs.check_range(args, 1e-3, 100, "mean_reversion")
     runs.check_range(args, 1e-3, 3, "vol_of_vol")
@@ -175,6 +181,7 @@ def validate(args: Args) -> None:
         return  # the rest is about training
     fitted = args.dynamics == "garch"
     runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
+    runs.check(calibrated or not args.marlvol_checkpoint, "--marlvol-checkpoint needs --dynamics marlvol")
     runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
     runs.check_range(args, 0, 1, "gamma", "gae_lambda")
     runs.check_range(args, 0, 1, "clip_coef", open_low=True)
@@ -199,9 +206,13 @@ def make_dynamics(args: Args) -> dynamics.Dynamics:
         if args.dynamics == "heston":
             variance = args.volatility**2
             return dynamics.Heston(variance, variance, args.mean_reversion, args.vol_of_vol, args.correlation, dt)
-        return dynamics.make(args.dynamics, args.volatility, args.history, args.history_end, args.num_steps, dt)
+        history = (args.history, args.history_end, args.num_steps)
+        model = dynamics.make(args.dynamics, args.volatility, *history, dt, checkpoint=args.marlvol_checkpoint)
     except ValueError as error:
         raise runs.UsageError(str(error)) from None
+    allowed = f"at most {model.last_step // 2} with this market: options expire after twice that, and the smile ends"
+    runs.check(2 * args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
+    return model
 
 
 def make_market(args: Args, model: dynamics.Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:

@@ -7,7 +7,21 @@ zero interest rate and dividends.
 
 import gymnasium as gym
 
-from envs import baselines, benchmark, black_scholes, dynamics, figures, hedging, makers, optimum, quoting, runs
+from envs import (
+    baselines,
+    benchmark,
+    black_scholes,
+    calibration,
+    dynamics,
+    figures,
+    hedging,
+    makers,
+    marlvol,
+    optimum,
+    quoting,
+    runs,
+    smiles,
+)
 from envs.hedging import HedgingEnv, HedgingGymEnv
 from envs.quoting import AgainstRivals, QuotingEnv, QuotingGymEnv
 
@@ -20,13 +34,16 @@ __all__ = [
     "baselines",
     "benchmark",
     "black_scholes",
+    "calibration",
     "dynamics",
     "figures",
     "hedging",
     "makers",
+    "marlvol",
     "optimum",
     "quoting",
     "runs",
+    "smiles",
 ]
 
 gym.register("OptionHedging-v0", entry_point="envs:HedgingGymEnv", vector_entry_point="envs:HedgingEnv")

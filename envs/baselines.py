@@ -16,7 +16,7 @@ from scipy.linalg import expm
 
 from envs import black_scholes
 from envs.hedging import HedgingEnv, HedgingState
-from envs.quoting import VOL_POINT, QuotingEnv, QuotingState, hedged_volatility_variance, volatility_slope
+from envs.quoting import VOL_POINT, QuotingEnv, QuotingState, hedged_volatility_variance
 
 Tensor = torch.Tensor
 Policy = Callable[[Tensor], Tensor]
@@ -54,18 +54,16 @@ def leland(env: HedgingEnv) -> Policy:
 def minimum_variance_delta(env: HedgingEnv) -> Policy:
     """Hedges the delta that minimises the variance of the next step: Δ + vega · ∂σ/∂S (Hull & White 2017, eq. 5).
 
-    The mark's volatility moves with the spot through the model's return–volatility covariance c = d<ln S, v>/d<ln S>:
-    ∂σ/∂S = (∂σ²/∂v) c / (2σS). Equal to Black–Scholes where volatility does not move with the spot (gbm, merton).
+    ∂σ/∂S is how far the mark's volatility is expected to move with the spot, see `Smile.slope`. Equal to Black–Scholes
+    where it does not (gbm, merton).
     """
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
-        spot, variance, tau = state.spot[:, None], state.variance[:, None], state.time_to_expiry
-        average, steps_left = env.dynamics.expected_average_variance, torch.round(tau / env.dynamics.dt)
-        slope = average(variance + 1.0, steps_left) - average(variance, steps_left)  # affine in variance
-        covariance = env.dynamics.return_volatility_covariance(variance)
-        vega = black_scholes.vega(spot, env.strike, tau, state.volatility)
-        offset = -(state.position * vega * slope * covariance / (2.0 * state.volatility * spot)).sum(-1)
+        spot = state.spot[:, None]
+        slope = env.smile.slope(state.step, state.spot / env.initial_spot, state.variance)
+        vega = black_scholes.vega(spot, env.strike, state.time_to_expiry, state.volatility)
+        offset = -(state.position * vega * slope / spot).sum(-1)
         return torch.stack((offset, torch.zeros_like(offset)), -1)
 
     return policy
@@ -281,14 +279,14 @@ def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
 def minimum_variance_band(env: QuotingEnv, quotes: Policy, band: float) -> Policy:
     """The quotes of another policy, hedged to the minimum-variance delta with a no-trade band of `band` shares.
 
-    The net delta that minimises the variance of the next step is −∂W/∂v · c/S, c = d<ln S, v>/d<ln S> (Hull & White
-    2017), W the book's value.
+    The net delta that minimises the variance of the next step is −vega · ∂σ/∂S (Hull & White 2017), ∂σ/∂S how far the
+    volatility of the middle option is expected to move with the spot.
     """
 
     def policy(observation: Tensor) -> Tensor:
         state, action = env.decode(observation), quotes(observation)
-        slope = volatility_slope(env.dynamics, state.volatility, env.expiry - state.step)
-        target = -state.vega * slope * env.dynamics.return_volatility_covariance(state.variance) / state.spot
+        slope = env.smile.slope(state.step, state.spot / env.initial_spot, state.variance)
+        target = -state.vega * slope[..., slope.shape[-1] // 2] / (VOL_POINT * state.spot)
         return _quotes(action[:, 0], action[:, 1], target, band)
 
     return policy

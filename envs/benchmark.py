@@ -147,7 +147,7 @@ def hedging_baselines(env: HedgingEnv) -> tuple[dict[str, Policy], dict[str, flo
     if env.order_law.rate > 0:  # orders move the delta too
         asymptotic, authors = baselines.kallsen_muhle_karbe, "Kallsen–Muhle-Karbe"
         families[f"{authors}, tuned"] = (lambda a: asymptotic(env, a), risk_aversion)
-    if (env.dynamics.return_volatility_covariance(torch.ones(1)) != 0).item():  # elsewhere the centre is Black–Scholes
+    if env.smile.skewed:  # elsewhere the centre is Black–Scholes
         policies["minimum-variance delta"] = centre
         start = families["constant band, tuned"][1]
         families["min-variance band, tuned"] = (lambda width: baselines.constant_band(env, width, centre), start)
@@ -323,6 +323,7 @@ class Benchmark:
     shares: dict[str, Estimate] = field(default_factory=dict)
     criteria: list[Criterion] = field(default_factory=list)
     columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
+    advantage_title: str = "agent − it, paired [95 %]"
 
     @property
     def passed(self) -> bool:
@@ -339,13 +340,15 @@ class Benchmark:
 
     def table(self) -> str:
         """The benchmark as a Markdown table that also reads well in a terminal."""
-        header = ["contestant", "agent − it, paired [95 %]", *self.columns.values()]
+        compared = [self.advantage_title] if self.advantages else []
         body = []
         for name, row in self.rows.items():
-            advantage = str(self.advantages[name]) if name in self.advantages else ""
-            body.append([name, advantage] + [f"{row[key]:.3f}" for key in self.columns])
-            body[-1][2] = f"{row['objective']:.4f} ± {row['objective_se']:.4f}"
-        return markdown_table(header, body)
+            cells = {key: f"{row[key]:.3f}" for key in self.columns}
+            if "objective" in cells:
+                cells["objective"] = f"{row['objective']:.4f} ± {row['objective_se']:.4f}"
+            advantage = [str(self.advantages.get(name, ""))] if compared else []
+            body.append([name, *advantage, *cells.values()])
+        return markdown_table(["contestant", *compared, *self.columns.values()], body)
 
     def verdict(self) -> str:
         """One line per share and criterion, then BENCHMARK PASSED or BENCHMARK FAILED with what failed."""

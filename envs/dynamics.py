@@ -14,7 +14,7 @@ A model of your own is a subclass of `Dynamics` with `step` and `expected_averag
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Dynamics:
     noise_size: int = 1
     dt: float = 1 / TRADING_DAYS
     initial_variance: float  # annualised, at the start of every path
+    last_step: float = math.inf  # steps after which the model ends
 
     def step(self, variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """One step: variance (n,), noise (n, noise_size) → log-return (n,), next variance (n,); E[e^log-return] = 1."""
@@ -62,6 +63,23 @@ class Dynamics:
         Shapes broadcast; `variance` itself where num_steps is 0.
         """
         raise NotImplementedError
+
+    def variance_slope(self, steps_left: Tensor) -> Tensor:
+        """∂/∂v of `expected_average_variance`, which is affine in v; of the shape of `steps_left`."""
+        zero = torch.zeros_like(steps_left)
+        return self.expected_average_variance(zero + 1.0, steps_left) - self.expected_average_variance(zero, steps_left)
+
+    def smile(self, strike: Tensor, expiry: Tensor) -> "Smile":
+        """How options (num_options,) are marked: strikes over the initial spot, expiries in steps from the start."""
+        return Smile(self, strike, expiry)
+
+    def typical_variance(self, step: Tensor, spot: Tensor) -> Tensor:
+        """A variance to look at policies at, at a step and a spot (over the initial one), which broadcast."""
+        return torch.full_like(spot + 0.0 * step, self.initial_variance)
+
+    def parameters(self) -> dict[str, float]:
+        """What distinguishes this model from others of its kind."""
+        return asdict(self)
 
     def simulate(self, noise: Tensor, spot: float = 100.0) -> tuple[Tensor, Tensor]:
         """Noise (n, num_steps, noise_size) → spot and variance, both (n, num_steps + 1)."""
@@ -86,6 +104,43 @@ class Dynamics:
     def next_variance_moments(self, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Conditional mean and variance of the next step's variance, given this one's; both of its shape."""
         return variance, torch.zeros_like(variance)
+
+
+class Smile:
+    """Volatilities that options are marked at: here √E[average variance to expiry], for all strikes the same.
+
+    Attributes:
+        dynamics: the model.
+        strike, expiry: (num_options,) over the initial spot, and in steps from the start.
+    """
+
+    def __init__(self, dynamics: Dynamics, strike: Tensor, expiry: Tensor):
+        self.dynamics, self.strike, self.expiry = dynamics, strike, expiry
+
+    def steps_left(self, step: Tensor) -> Tensor:
+        """Steps (…) since the start → (…, num_options) to expiry."""
+        return (self.expiry - step[..., None]).clamp(min=0)
+
+    def volatility(self, step: Tensor, spot: Tensor, variance: Tensor) -> Tensor:
+        """Step, spot (over the initial one) and variance, which broadcast to (…) → (…, num_options)."""
+        return self.dynamics.expected_average_variance(variance[..., None], self.steps_left(step)).sqrt()
+
+    def variance(self, step: Tensor, spot: Tensor, volatility: Tensor) -> Tensor:
+        """The variance (…) at which the middle option has this volatility (…): the inverse of `volatility`."""
+        steps_left = self.steps_left(step)[..., len(self.expiry) // 2]
+        at_zero = self.dynamics.expected_average_variance(torch.zeros_like(volatility), steps_left)
+        return (volatility**2 - at_zero) / self.dynamics.variance_slope(steps_left)
+
+    def slope(self, step: Tensor, spot: Tensor, variance: Tensor) -> Tensor:
+        """d<ln S, σ>/d<ln S> (…, num_options): how far the volatility is expected to move with the spot."""
+        covariance = self.dynamics.return_volatility_covariance(variance)[..., None]
+        variance_slope = self.dynamics.variance_slope(self.steps_left(step))
+        return variance_slope * covariance / (2.0 * self.volatility(step, spot, variance))
+
+    @property
+    def skewed(self) -> bool:
+        """Whether volatilities move with the spot at all; elsewhere the best delta is Black–Scholes'."""
+        return bool(self.dynamics.return_volatility_covariance(torch.ones(1)) != 0)
 
 
 @dataclass
@@ -453,7 +508,7 @@ def fit_garch(closes: np.ndarray) -> GARCH:
     return garch
 
 
-NAMES = ("gbm", "garch", "heston", "merton", "historical")
+NAMES = ("gbm", "garch", "heston", "merton", "marlvol", "historical")
 
 
 def make(
@@ -463,6 +518,7 @@ def make(
     history_end: str | None = None,
     num_steps: int = 1,
     dt: float = 1 / TRADING_DAYS,
+    checkpoint: str | None = None,
 ) -> Dynamics:
     """Builds a model by name.
 
@@ -473,10 +529,15 @@ def make(
         history_end: YYYY-MM-DD; garch is fitted on closes up to and including it, and historical replays those after.
         num_steps: length of an episode; historical needs twelve of them, or no interval means anything.
         dt: years of a step; garch and historical have their own, a trading day.
+        checkpoint: for marlvol, run folder or checkpoint of phase 0.
 
     Raises:
         ValueError: unknown name or unusable data.
     """
+    if name == "marlvol":
+        from envs import marlvol  # which imports this module
+
+        return marlvol.load(checkpoint, dt)
     try:
         last = date.fromisoformat(history_end) if history_end is not None else date.max
     except ValueError:

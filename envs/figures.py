@@ -11,10 +11,22 @@ import torch
 from matplotlib.figure import Figure
 
 from envs.baselines import Policy
-from envs.benchmark import BENCHMARK_SEED, NAMED, VALIDATION_SEED, Contest, play
+from envs.benchmark import BENCHMARK_SEED, NAMED, VALIDATION_SEED, Benchmark, Contest, play
+from envs.calibration import AGENT as AGENT_NAME
+from envs.calibration import (
+    CONSTANT,
+    DUPIRE,
+    FIRST_JUDGED,
+    STRIKES,
+    Calibration,
+    CalibrationGame,
+    Dependence,
+    rmse,
+)
 from envs.hedging import NET_DELTA, REFERENCE_VOLATILITY, HedgingEnv
 from envs.league import Competition, CrossPlay
 from envs.makers import GLFT, NAMED_MAKER, STRONGEST_MAKER
+from envs.marlvol import Marlvol
 from envs.quoting import ASK, BID, AgainstRivals
 from envs.runs import read_metrics
 
@@ -159,7 +171,8 @@ def no_trade_bands(path: Path, env: HedgingEnv, agent: Policy, reference: Policy
         log_moneyness = torch.linspace(-width, width, env.num_envs, device=env.device, dtype=env.dtype)
         spots = env.middle_strike * log_moneyness.exp()
         paths = spots[:, None].repeat(1, env.num_steps + 1)
-        env.set_market(paths, torch.full_like(paths, env.dynamics.initial_variance), (orders, orders))
+        variances = env.dynamics.typical_variance(env.times.long(), paths / env.initial_spot)
+        env.set_market(paths, variances, (orders, orders))
         env.replay()
         env.t, env.holding = day, -env.delta[day]  # as if hedged at the Black–Scholes delta until now
         x = spots.cpu().numpy()
@@ -534,5 +547,138 @@ def market_shares(path: Path, league: CrossPlay, num_makers: int, title: str) ->
     for axis in (rivals, training):
         axis.legend(frameon=True, edgecolor="none", framealpha=0.8, loc="best", fontsize=8)
     figure.suptitle(f"{title}: market shares")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def calibration_report(
+    folder: Path,
+    title: str,
+    game: CalibrationGame,
+    result: Benchmark,
+    played: Mapping[str, Calibration],
+    market: Marlvol,
+) -> None:
+    """The figures of a calibrated smile: training (if there is a metrics.csv), the smiles, local volatility."""
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:
+        levels = {CONSTANT: BASELINE, DUPIRE: OPTIMUM}
+        levels = {name: (result.rows[name]["rmse"], colour) for name, colour in levels.items()}
+        calibration_curve(folder / "learning_curve.png", curve, levels, f"{title}: training")
+    continuum_of_smiles(folder / "smiles.png", game, played, title)
+    learnt_local_volatility(folder / "local_volatility.png", market, title)
+
+
+def calibration_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], title: str) -> None:
+    """RMSE during training beside the levels (label → level, colour) of models that do not learn."""
+    figure, axes = _new()
+    steps = [row["global_step"] / 1e6 for row in curve]
+    axes.semilogy(
+        steps, [row["charts/rmse"] for row in curve], color=AGENT, marker=".", label="agent (mean action): RMSE"
+    )
+    worst = [row["charts/max_error"] for row in curve]
+    axes.semilogy(steps, worst, color=AGENT, linestyle=":", linewidth=1, label="agent: largest error")
+    for label, (level, colour) in levels.items():
+        axes.axhline(level, color=colour, linestyle="--", label=f"{label}: RMSE {level:.3f}")
+    axes.set(title=title, xlabel="player steps (millions)", ylabel="error of implied volatility (vol points)")
+    axes.legend()
+    _save(figure, path)
+
+
+def continuum_of_smiles(path: Path, game: CalibrationGame, played: Mapping[str, Calibration], title: str) -> None:
+    """The market's smiles and the agent's, as the paper's figure 1; and the errors of agent and Dupire everywhere."""
+    figure, panels = _new(1, 3, (17, 5), gridspec_kw={"width_ratios": (1.6, 1, 1)})
+    days = game.days.tolist()
+    shown = [day for day in (7, 14, 21, 30, 40, game.num_steps) if day <= game.num_steps]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(shown)))
+    for day, colour in zip(shown, colours, strict=True):
+        i = days.index(day)
+        strike, market = game.strike[i].numpy(), 100 * game.market_volatility[i].numpy()
+        panels[0].plot(strike, market, color=colour, label=f"day {day}")
+        panels[0].plot(strike, market + played[AGENT_NAME].errors[i].numpy(), "o", color=colour, markersize=4)
+        panels[0].plot(strike, market + played[DUPIRE].errors[i].numpy(), "x", color=colour, markersize=4, alpha=0.6)
+    panels[0].plot([], [], "ko", markersize=4, label="agent")
+    panels[0].plot([], [], "kx", markersize=4, label=DUPIRE)
+    panels[0].set(title="market (lines) and models", xlabel="strike / spot", ylabel="implied volatility (%)")
+    panels[0].legend(ncols=2)
+    for axes, name in zip(panels[1:], (AGENT_NAME, DUPIRE), strict=True):
+        errors = played[name].errors.numpy()
+        extent = (float(STRIKES[0]), float(STRIKES[-1]), days[-1], days[0])
+        image = axes.imshow(errors, aspect="auto", extent=extent, cmap="RdBu", vmin=-0.4, vmax=0.4)
+        axes.axhline(FIRST_JUDGED, color="black", linewidth=0.8, linestyle="--")
+        error = float(rmse(played[name].errors))
+        axes.set(title=f"{name}\nRMSE {error:.3f} below the line", xlabel="ln(strike / spot) (standard deviations)")
+        axes.grid(False)
+    panels[1].set_ylabel("maturity (trading days)")
+    figure.colorbar(image, ax=panels[1:], label="model − market (vol points)")
+    figure.suptitle(f"{title}: the continuum of smiles")
+    _save(figure, path)
+
+
+def learnt_local_volatility(path: Path, market: Marlvol, title: str) -> None:
+    """√E[σ_t²|S_t] that was learnt beside Dupire's local volatility of the same smile, where 99 % of the paths are."""
+    figure, axes = _new()
+    game = market.game
+    shown = [day for day in (5, 15, 30, game.num_steps - 1) if day < game.num_steps]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(shown)))
+    for day, colour in zip(shown, colours, strict=True):
+        x = torch.linspace(-2.6, 2.0, 93) * game.grid.scale[day]
+        step, spot = torch.tensor(day * market.steps_per_day), x.exp()
+        learnt = 100 * market.typical_variance(step, spot).sqrt()
+        dupire = 100 * game.grid.lookup(game.local_volatility[day][None], day, x[None])[0]
+        axes.plot(spot, learnt, color=colour, label=f"day {day}")
+        axes.plot(spot, dupire, "--", color=colour, linewidth=1)
+    axes.plot([], [], "k-", label="learnt")
+    axes.plot([], [], "k--", linewidth=1, label="Dupire")
+    axes.set(title=f"{title}: local volatility", xlabel="spot / initial spot", ylabel="volatility (%)")
+    axes.legend()
+    _save(figure, path)
+
+
+def bermudan_report(folder: Path, title: str, result: Benchmark, learnt: Dependence, beside: str | None) -> None:
+    """The figures of a Bermudan: its price during training, beside another run's, and what volatility depends on."""
+    curves = {"this run": read_metrics(folder / "metrics.csv")}
+    if beside is not None:
+        curves[f"{beside}"] = read_metrics(Path(beside) / "metrics.csv")
+    if curves["this run"]:
+        bermudan_training(folder / "learning_curve.png", curves, result, title)
+    learnt_dependence(folder / "learnt_dependence.png", learnt, title)
+
+
+def bermudan_training(path: Path, curves: Mapping[str, list[dict]], result: Benchmark, title: str) -> None:
+    """Bermudan price (label → rows of a metrics.csv) beside local volatility's and the European floor."""
+    figure, axes = _new()
+    for (label, curve), colour in zip(curves.items(), (AGENT, OTHER), strict=False):
+        steps = [row["global_step"] / 1e6 for row in curve]
+        axes.plot(steps, [1e4 * row["charts/bermudan_price"] for row in curve], color=colour, marker=".", label=label)
+    theirs = result.rows[DUPIRE]
+    axes.axhline(theirs["price"], color=BASELINE, linestyle="--", label=f"{DUPIRE}: {theirs['price']:.1f}")
+    floor = result.rows[AGENT_NAME]["floor"]
+    axes.axhline(floor, color="black", linestyle=":", label=f"European floor: {floor:.1f}")
+    axes.set(title=f"{title}: Bermudan price", xlabel="player steps (millions)", ylabel="price (bp of the spot)")
+    axes.legend()
+    _save(figure, path)
+
+
+def learnt_dependence(path: Path, learnt: Dependence, title: str) -> None:
+    """Mean of the learnt m and of the localised volatility against ln S_t1 and against ln S_t, after t1."""
+    figure, axes = _new(2, 2, (12, 8))
+    rows = (("learnt σ_t (m, before localisation)", learnt.log_multiplier.exp(), 1.0),)
+    rows += (("localised volatility (%)", learnt.volatility, 100.0),)
+    columns = (("ln S_t1", learnt.log_spot_t1), ("ln S_t, t > t1", learnt.log_spot))
+    for (label, values, unit), line in zip(rows, axes, strict=True):
+        for (name, x), axis in zip(columns, line, strict=True):
+            x, values_ = x.flatten().cpu(), unit * values.flatten().cpu()
+            edges = torch.quantile(x[:: max(1, len(x) // 200_000)], torch.linspace(0.01, 0.99, 41))
+            index = torch.bucketize(x, edges)
+            counts = torch.bincount(index, minlength=42)[1:-1].clamp(min=1)
+            mean, middle = (torch.bincount(index, y.double(), 42)[1:-1] / counts for y in (values_, x))
+            axis.plot(middle, mean, color=AGENT, marker=".", label="mean over paths and days")
+            axis.set(xlabel=name, ylabel=label)
+            if name == "ln S_t1":
+                axis.axvline(0.0, color=BASELINE, linestyle="--", label="k1")
+                axis.axvline(np.log(learnt.kink), color=OPTIMUM, linestyle=":", label="where the learnt mean bends")
+            axis.legend()
+    figure.suptitle(f"{title}: what was learnt")
     figure.tight_layout()
     _save(figure, path)

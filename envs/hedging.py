@@ -239,6 +239,7 @@ class HedgingEnv(VectorEnv):
         next_expiry = torch.where(self.steps_left > 0, self.steps_left, num_steps + 1).amin(-1)
         self.steps_to_next_expiry = torch.where(next_expiry > num_steps, 1.0, next_expiry)  # (num_steps + 1,)
         self.time_left = 1.0 - times / num_steps
+        self.times, self.smile = times, self.dynamics.smile(self.strike / self.initial_spot, self.expiry)
 
         shape = (len(OBSERVATION_NAMES) + len(options),)
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
@@ -287,7 +288,7 @@ class HedgingEnv(VectorEnv):
         """
         self.spot, self.variance = spot.T.contiguous(), variance.T.clamp(min=MIN_VARIANCE).contiguous()
         steps_left, dt = self.steps_left[:, None], self.dynamics.dt  # (num_steps + 1, 1, num_options)
-        volatility = self.dynamics.expected_average_variance(self.variance[..., None], steps_left).sqrt()
+        volatility = self.smile.volatility(self.times[:, None], self.spot / self.initial_spot, self.variance)
         self.mark, delta, gamma, vega = black_scholes.greeks(
             self.spot[..., None], self.strike, steps_left * dt, volatility, self.is_call
         )
@@ -351,7 +352,7 @@ class HedgingEnv(VectorEnv):
         spot, variance = self._spot(observation), (REFERENCE_VOLATILITY * torch.exp(log_volatility)) ** 2
         gamma = self.book_scale * delta_sd / (spot * (variance * self.dynamics.dt).sqrt())
         steps_left = (self.expiry - step[:, None]).clamp(min=0)
-        volatility = self.dynamics.expected_average_variance(variance[:, None], steps_left).sqrt()
+        volatility = self.smile.volatility(step, spot / self.initial_spot, variance)
         delta, holding = self.book_scale * delta, self.book_scale * (net_delta - delta)
         position = self.position_scale * observation[:, 8:]
         time_to_expiry = steps_left * self.dynamics.dt

@@ -5,7 +5,7 @@ What `envs.benchmark` is to hedging: the same seat, rivals and takers for every 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -154,7 +154,7 @@ def describe(market: QuotingEnv) -> str:
     """What the makers' parameters depend on, in words that are the same on every machine."""
     beside = ("num_envs", "dynamics", "privileged", "device", "dtype")
     settings = {name: value for name, value in market.settings.items() if name not in beside}
-    model = ", ".join(f"{name} {value:.4g}" for name, value in asdict(market.dynamics).items())
+    model = ", ".join(f"{name} {value:.4g}" for name, value in market.dynamics.parameters().items())
     parts = [f"{type(market.dynamics).__name__} ({model})"]
     for name, value in settings.items():
         value = value if isinstance(value, Sequence) else (value,)

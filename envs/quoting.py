@@ -169,6 +169,7 @@ class QuotingEnv(VectorEnv):
         # More takers than this on one option and side in a step would come once in a million, in the busiest flow
         busiest = arrival_rate * (1.0 + (MAX_FLOW if flow_sd > 0 else 0.0))
         self.max_takers = max(1, int(poisson.isf(1e-6, busiest)))
+        self.smile = self.dynamics.smile(self.strike / self.initial_spot, torch.full((1,), float(expiry), **tensor))
         seats = torch.arange(num_makers, device=self.device)
         self.rivals = (seats[:, None] + torch.arange(1, num_makers, device=self.device)) % num_makers  # next seat first
 
@@ -255,10 +256,12 @@ class QuotingEnv(VectorEnv):
         dt, steps_left = self.dynamics.dt, self.steps_left[:, None]
         self.spot, self.variance = spot.T.contiguous(), variance.T.clamp(min=MIN_VARIANCE).contiguous()
         self.intensity, self.marks = intensity.transpose(0, 1), marks.transpose(0, 1).contiguous()
-        self.volatility = self.dynamics.expected_average_variance(self.variance, steps_left).sqrt()
+        steps = self.expiry - steps_left  # made so far
+        volatility = self.smile.volatility(steps, self.spot / self.initial_spot, self.variance)  # (…, 1 or num_options)
+        self.volatility = volatility[..., volatility.shape[-1] // 2]
         time_to_expiry = steps_left * dt
         self.mark, self.delta, gamma, vega = black_scholes.greeks(
-            self.spot[..., None], self.strike, time_to_expiry[..., None], self.volatility[..., None]
+            self.spot[..., None], self.strike, time_to_expiry[..., None], volatility
         )
         self.gamma = torch.where(time_to_expiry[..., None] > 0, gamma, 0.0)  # ∞ at expiry at the money
         self.vega = VOL_POINT * vega  # per vol point
@@ -308,13 +311,12 @@ class QuotingEnv(VectorEnv):
         time_left, root, moneyness, log_volatility, vega, net_delta, _, flow = observation[:, :8].unbind(-1)
         step = torch.round((1.0 - time_left) * self.num_steps)
         volatility = REFERENCE_VOLATILITY * log_volatility.exp()
-        steps_left = self.expiry - step
-        scale = volatility * (steps_left.clamp(min=0.5) * self.dynamics.dt).sqrt()
-        at_zero = self.dynamics.expected_average_variance(torch.zeros_like(volatility), steps_left)
-        variance = (volatility**2 - at_zero) / variance_slope(self.dynamics, steps_left)
+        scale = volatility * ((self.expiry - step).clamp(min=0.5) * self.dynamics.dt).sqrt()
+        spot = (moneyness * scale).exp()
+        variance = self.smile.variance(step, spot, volatility)
         split = 8 + 2 * (self.num_makers - 1)
         return QuotingState(
-            step.long(), self.initial_spot * (moneyness * scale).exp(), variance.clamp(min=MIN_VARIANCE), volatility,
+            step.long(), self.initial_spot * spot, variance.clamp(min=MIN_VARIANCE), volatility,
             root**2, vega, net_delta, flow, observation[:, 8:split].unflatten(-1, (-1, 2)),
             observation[:, split : split + self.num_options],
         )  # fmt: skip
@@ -441,15 +443,9 @@ class QuotingEnv(VectorEnv):
         return self.cash + self.holding * self.spot[self.t][:, None] + options
 
 
-def variance_slope(dynamics: Dynamics, steps_left: Tensor) -> Tensor:
-    """∂σ²/∂v of the mark's σ² = E[average variance of the next `steps_left` steps | v], which is affine in v."""
-    average, zero = dynamics.expected_average_variance, torch.zeros_like(steps_left)
-    return average(zero + 1.0, steps_left) - average(zero, steps_left)
-
-
 def volatility_slope(dynamics: Dynamics, volatility: Tensor, steps_left: Tensor) -> Tensor:
     """∂σ/∂v of the mark's σ, vol points per unit of variance."""
-    return variance_slope(dynamics, steps_left) / (2.0 * volatility * VOL_POINT)
+    return dynamics.variance_slope(steps_left) / (2.0 * volatility * VOL_POINT)
 
 
 def hedged_volatility_variance(dynamics: Dynamics, variance: Tensor, steps_left: Tensor) -> Tensor:

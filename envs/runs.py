@@ -279,6 +279,15 @@ def check_memory(num_bytes: int, device: torch.device, what: str) -> None:
     check(num_bytes <= free, f"{what} needs {gigabytes:,.1f} GiB (at most the {available:,.1f} GiB free on {device})")
 
 
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has used at most: on a GPU what PyTorch allocated there, else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
 def new_folder(path: Path) -> Path:
     """Creates `path`, or `path-2`, `path-3` … if it exists (two runs may start in the same second).
 
