@@ -41,6 +41,7 @@ class Args:
       python phase0_marlvol_calibration.py --reward shared        the paper's reward
       python phase0_marlvol_calibration.py --preset paper         all of the paper's settings
       python phase0_marlvol_calibration.py --resume runs/NAME     go on where a run stopped
+      torchrun --nproc-per-node 2 phase0_marlvol_calibration.py   data-parallel; --num-runs is each process's
 
     The Bermudan, with and without memory of the first exercise date, and both in one figure:
 
@@ -111,6 +112,8 @@ class Args:
     """all runs have the same Brownian increments and basis players, so that their mean reward can be the baseline"""
     antithetic: bool = True
     """runs explore in pairs, Z and −Z"""
+    regression: str = "knots"
+    """of the Bermudan's continuation value in training, on S_t1: knots (piecewise linear) or polynomial (degree 8)"""
     reference: str = "local-vol"
     """model whose error on the same paths is subtracted: local-vol (Dupire's), black-scholes, none"""
 
@@ -153,9 +156,9 @@ PRESETS = {
     "default": {},
     "paper": {
         "action_map": "normal", "reward": "shared", "num_players": 120_000, "num_runs": 10, "num_basis": 100,
-        "common_random_numbers": False, "antithetic": False, "reference": "black-scholes", "learning_rate": 1e-4,
-        "anneal_lr": False, "update_epochs": 30, "num_minibatches": 10, "clip_coef": 0.3, "target_kl": 0.01,
-        "exploration_std": 0.3, "learn_std": True, "hidden_layers": 3, "hidden_size": 50,
+        "common_random_numbers": False, "antithetic": False, "reference": "black-scholes", "regression": "polynomial",
+        "learning_rate": 1e-4, "anneal_lr": False, "update_epochs": 30, "num_minibatches": 10, "clip_coef": 0.3,
+        "target_kl": 0.01, "exploration_std": 0.3, "learn_std": True, "hidden_layers": 3, "hidden_size": 50,
     },
 }  # fmt: skip
 
@@ -174,6 +177,7 @@ def validate(args: Args) -> None:
         ("preset", PRESETS), ("task", calibration.TASKS), ("state", calibration.STATES),
         ("action_map", calibration.ACTION_MAPS), ("reward", ("shared", "difference")),
         ("interpolation", ("linear", "nearest")), ("reference", calibration.REFERENCES),
+        ("regression", calibration.REGRESSIONS),
     ):  # fmt: skip
         value, flag = getattr(args, field), field.replace("_", "-")
         runs.check(value in names, f"--{flag} is {value!r} (one of {', '.join(names)})")
@@ -232,10 +236,13 @@ def make_surface(args: Args) -> smiles.Surface:
 def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> CalibrationGame:
     """The game to train in: the runs that explore, and one that follows the mean policy."""
     num_steps = args.num_steps or min(51, calibration.last_day(surface))
+    if args.evaluate is None:  # paths, volatilities, shocks, and what is made of them on the way
+        num_bytes = 4 * 4 * num_steps * args.num_players * (args.num_runs + 1)
+        runs.check_memory(num_bytes, device, f"--num-players {args.num_players} --num-runs {args.num_runs}")
     try:
         return CalibrationGame(
             surface, args.num_players, args.num_runs + 1, num_steps, args.task, args.state,
-            args.action_map, args.common_random_numbers, args.reference, args.vega_weights, device,
+            args.action_map, args.common_random_numbers, args.reference, args.vega_weights, args.regression, device,
         )  # fmt: skip
     except ValueError as error:
         raise runs.UsageError(str(error).replace("num_steps", "--num-steps")) from None
@@ -441,12 +448,14 @@ def update(agent: Agent, optimizer, batch: Batch, args: Args, generator: torch.G
             loss, loss_parts = ppo_loss(agent, Batch(*(x[index] for x in batch)), args)
             optimizer.zero_grad()
             loss.backward()
+            runs.average_gradients(agent)  # over the processes of torchrun
             optimizer.step()
             parts.append(loss_parts)
-    parts = torch.stack(parts).mean(0)
+    parts = runs.average(torch.stack(parts).mean(0))
     kl = parts[2]  # after RLlib's PPO: half as much again when it is twice the target, and back
     factor = torch.where(kl > 2 * args.target_kl, 1.5, torch.where(kl < 0.5 * args.target_kl, 1 / 1.5, 1.0))
     agent.kl_coef.mul_(factor).clamp_(1e-4, 1e4)
+    runs.check_equal_parameters(agent)
     return parts
 
 
@@ -464,17 +473,18 @@ def train(args: Args, game: CalibrationGame, run_dir: Path, device: torch.device
     torch.manual_seed(args.seed)
     agent = Agent(game, args).to(device)
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate, eps=1e-5)
-    generator = torch.Generator(device).manual_seed(args.seed + EXPLORATION_SEED)
+    # Each process of torchrun has paths and exploration of its own
+    generator = torch.Generator(device).manual_seed(runs.rank_seed(args.seed + EXPLORATION_SEED))
     evaluations = {math.ceil(args.num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
-    batch_size = game.num_steps * args.num_runs * args.num_players
+    batch_size = game.num_steps * args.num_runs * args.num_players * runs.world_size()
     first, rows = 1, None
     if checkpoint is not None:
         try:
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            generator.set_state(checkpoint["generator"])
+            generator.set_state(checkpoint["generator"][runs.rank()])
             first, rows = int(checkpoint["iteration"]) + 1, int(checkpoint["rows"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise runs.UsageError(f"{run_dir}: does not fit this script, or was made on another device") from None
     fields = (*COMMON_METRICS, *METRICS[args.task])
     metrics = runs.MetricsFile(run_dir / "metrics.csv", fields, resume_from=rows)
@@ -483,7 +493,8 @@ def train(args: Args, game: CalibrationGame, run_dir: Path, device: torch.device
         if args.save_model:
             content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
             content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            content |= {"generator": generator.get_state(), "tracker": tracker.id if tracker else None}
+            content |= {"generator": runs.gather(generator.get_state()), "world_size": runs.world_size()}
+            content |= {"tracker": tracker.id if tracker else None}
             if iteration == args.num_iterations:  # for the other phases' --marlvol-checkpoint
                 content |= {"market": marlvol.export_market(game, agent.layers)}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
@@ -555,7 +566,7 @@ def run_benchmark(args: Args, game: CalibrationGame, agent: Agent, steps: int, r
 
 def start_tracker(args: Args, run_dir: Path, run_id: str | None):
     """Weights & Biases, or None. Online or offline as WANDB_MODE says."""
-    if not args.track:
+    if not args.track or runs.rank() > 0:
         return None
     import wandb  # only here: a run without --track needs no account and no import
 
@@ -603,22 +614,23 @@ def load_agent(args: Args, checkpoint: dict, game: CalibrationGame) -> Agent:
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("rows", "optimizer", "generator", "tracker")
+    resume_needs = ("rows", "optimizer", "generator", "world_size", "tracker")
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     if args.preset in PRESETS and args.evaluate is None and args.resume is None:
         args = runs.parse_args(Args, argv, default=Args(**PRESETS[args.preset]))
     resolve(args)
     validate(args)
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     surface = make_surface(args)
+    device = runs.join_ranks(args.cuda)
     game = make_game(args, surface, device)
     name = f"{args.task}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:
         agent = load_agent(args, checkpoint, game)
         trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-        steps = checkpoint["iteration"] * game.num_steps * trained.num_runs * trained.num_players
+        batch_size = game.num_steps * trained.num_runs * trained.num_players * checkpoint.get("world_size", 1)
+        steps = batch_size * checkpoint["iteration"]
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)
@@ -629,6 +641,8 @@ def main(argv) -> bool:
         with runs.naming_last_good(run_dir):
             agent, steps = train(args, game, run_dir, device, checkpoint, tracker)
         print(f"memory at its peak: {runs.peak_memory(device):.2f} GiB")
+    if runs.rank() > 0:
+        return True  # the first process benchmarks
     result = run_benchmark(args, game, agent, steps, run_dir)
     print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")
     if tracker:

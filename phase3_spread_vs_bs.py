@@ -157,10 +157,9 @@ def validate(args: Args) -> None:
     names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
     hint = "" if args.evaluate else "; historical with --evaluate"
     runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
-    calibrated = args.dynamics == "marlvol"
-    runs.check(
-        not calibrated or args.marlvol_checkpoint, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0"
-    )
+    market, calibrated = args.marlvol_checkpoint, args.dynamics == "marlvol"
+    runs.check(market or not calibrated, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0")
+    runs.check(calibrated or not market or args.evaluate, "--marlvol-checkpoint needs --dynamics marlvol")
     runs.check_range(args, 1e-3, 10, "volatility")
     runs.check_range(args, 1e-3, 100, "mean_reversion")
     runs.check_range(args, 1e-3, 3, "vol_of_vol")
@@ -181,7 +180,6 @@ def validate(args: Args) -> None:
         return  # the rest is about training
     fitted = args.dynamics == "garch"
     runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
-    runs.check(calibrated or not args.marlvol_checkpoint, "--marlvol-checkpoint needs --dynamics marlvol")
     runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
     runs.check_range(args, 0, 1, "gamma", "gae_lambda")
     runs.check_range(args, 0, 1, "clip_coef", open_low=True)

@@ -17,6 +17,7 @@ increments, and differ by what their players do. S₀ = 1, zero rates; time step
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,10 @@ STRIKES = torch.linspace(-2.5, 1.5, 11, dtype=torch.float64)  # in standard devi
 EXERCISE_DAY = 21  # t1 of the Bermudan; t2 is the last day
 NODES = 161  # of the grids of log-spots, ±8 standard deviations
 WIDTH = 8.0
+REFERENCE_PATHS, REFERENCE_SEED = 2**21, 9_000_000
+VALIDATION_PATHS = 2**16
 MAX_LOG_MULTIPLIER = 1.0  # of the Bermudan's m
+NUM_KNOTS = 50  # of the exercise rule, where the Bermudan is priced
 
 
 class State(NamedTuple):
@@ -73,7 +77,8 @@ class Grid:
     def _place(self, t: int, log_spot: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
         """Index (R, n) of the node below each log-spot, in a table (R, nodes) laid flat, and how far it is beyond."""
         half = 0.5 * (nodes - 1)
-        u = (log_spot * (half / WIDTH / self.scale[t]) + half).clamp_(0, nodes - 1.001)
+        # A spot that is NaN has a place too, so that the run stops where losses are checked
+        u = (log_spot * (half / WIDTH / self.scale[t]) + half).nan_to_num_(0.0).clamp_(0, nodes - 1.001)
         node = u.long()
         return node, u.sub_(node)
 
@@ -86,12 +91,12 @@ class Grid:
         return torch.lerp(values[node], values[node + 1], weight)
 
     def conditional_mean(self, values: Tensor, t: int, log_spot: Tensor, empty: float = 1.0) -> Tensor:
-        """E[values | log-spot] of the players (R, n) at 81 nodes (R, 81): the particle method.
+        """E[values | log-spot] of the players (R, n) at the nodes (R, NODES): the particle method.
 
         Guyon & Henry-Labordère (2012) with hat kernels: a player counts at the two nodes around it, in proportion.
         Where nobody is, the mean is `empty`.
         """
-        nodes = 81
+        nodes = NODES
         node, weight = self._place(t, log_spot, nodes)
         node = node + nodes * torch.arange(len(values), device=node.device)[:, None]
         total, count = (torch.zeros(len(values) * nodes, device=node.device) for _ in range(2))
@@ -113,6 +118,7 @@ class CalibrationGame:
         reference: of `REFERENCES`, a model simulated on the same increments whose prices are known beside, so that what
             the sample is off by can be taken out of the errors; "none" for no such correction.
         vega_weights: weight errors of implied volatility by vega instead of equally.
+        regression: of `REGRESSIONS`, for the Bermudan's continuation value in the rewards.
 
     An action is (R, n, size), zero for the reference volatility (at the money, last maturity) or for m = 1. Its maps:
 
@@ -125,7 +131,7 @@ class CalibrationGame:
     before, the model is plain local volatility, and the continuation value at t1 depends on S_{t1} alone.
 
     Raises:
-        ValueError: more steps than the smile has days.
+        ValueError: an unknown name, or more steps than the smile has days.
     """
 
     def __init__(
@@ -140,9 +146,19 @@ class CalibrationGame:
         common: bool = True,
         reference: str = "none",
         vega_weights: bool = False,
+        regression: str = "knots",
         device: torch.device | str = "cpu",
     ):
         self.settings = {name: value for name, value in locals().items() if name != "self"}
+        for name, value, allowed in (
+            ("task", task, TASKS),
+            ("state", state, STATES),
+            ("action_map", action_map, ACTION_MAPS),
+            ("reference", reference, REFERENCES),
+            ("regression", regression, REGRESSIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r} (one of {', '.join(allowed)})")
         last = last_day(surface)
         if not FIRST_JUDGED < num_steps <= last:
             allowed = f"at least {FIRST_JUDGED + 1}, at most {last}, the last maturity"
@@ -166,13 +182,10 @@ class CalibrationGame:
         self.is_call = self.strike >= 1.0  # out of the money
         self.market_volatility = surface.implied_volatility(log_strike, maturity)
         one = torch.ones_like(self.strike)
-        self.vega = vega = VOL_POINT * black_scholes.vega(one, self.strike, maturity, self.market_volatility)
+        vega = VOL_POINT * black_scholes.vega(one, self.strike, maturity, self.market_volatility)
+        self.vega = vega = vega.clamp(min=1e-7)  # smaller only on a smile with arbitrage
         self.weights = vega / vega.mean(-1, keepdim=True) if vega_weights else torch.ones_like(vega)
-        self.reference = reference
-        if reference == "local-vol":
-            self.reference_errors = dupire_errors(self)
-        elif reference == "black-scholes":
-            self.reference_errors = (self.reference_volatility - self.market_volatility) / VOL_POINT
+        self.reference, self.regression = reference, regression
         if task == "bermudan":
             self.strike_t1 = 1.0
             self.strike_t2 = bermudan_strike(surface, EXERCISE_DAY, num_steps)
@@ -184,7 +197,18 @@ class CalibrationGame:
 
     def like(self, **changes) -> "CalibrationGame":
         """The same game with other settings."""
-        return CalibrationGame(**{**self.settings, **changes})
+        game = CalibrationGame(**{**self.settings, **changes})
+        if not {"surface", "num_steps", "reference"} & set(changes):
+            game.reference_errors = self.reference_errors  # which take a while
+        return game
+
+    @cached_property
+    def reference_errors(self) -> Tensor:
+        """Expected errors (days, strikes) of the reference model, vol points; zero without one."""
+        if self.reference == "local-vol":
+            return dupire_errors(self)
+        known = self.reference_volatility if self.reference == "black-scholes" else self.market_volatility
+        return (known - self.market_volatility) / VOL_POINT
 
     # The simulation
 
@@ -209,7 +233,7 @@ class CalibrationGame:
         self.state = State(zero, zero + first, zero, zero + first)
         self.log_spots = [zero]  # of every time
         self.log_volatilities = []  # ln σ of every step
-        self.leverages = []  # √E[m²|S] of every step at 81 nodes, in the last run
+        self.leverages = []  # √E[m²|S] of every step at the nodes, in the last run
         self.reference_log_spots = [torch.zeros_like(shocks[0])] if self.reference != "none" else []
 
     def features(self, t: int, state: State) -> Tensor:
@@ -245,9 +269,7 @@ class CalibrationGame:
         elif t < EXERCISE_DAY:
             following = torch.zeros_like(self.state.log_spot)
             log_volatility = self._local(t, self.state.log_spot).log()
-            self.leverages.append(
-                torch.ones_like(self.grid.conditional_mean(following[:1, :1], t, following[:1, :1])[0])
-            )
+            self.leverages.append(torch.ones_like(self.local_volatility[t]))
         else:
             chosen, following = (bound * torch.tanh(x / bound) for x in (chosen, following))
             log_volatility = self._local(t, self.state.log_spot).log() + chosen - self._log_leverage(t, chosen)
@@ -364,15 +386,19 @@ class CalibrationGame:
             paid += coefficient[:, j].view(shape) * (sign * (spot - strike)).clamp_(min=0)
         return torch.cat((torch.zeros_like(log_spots[1:FIRST_DAY]), paid))
 
+    def _spots_t1(self) -> Tensor:
+        """ln S_t1 (R, n), or (1, n) where all runs have the same, as with common random numbers before anybody acts."""
+        return self.log_spots[EXERCISE_DAY][: 1 if self.common else None]
+
     def bermudan_cashflows(self) -> Tensor:
         """The paper's fake cashflow X̃_t (T + 1, R, n), at the end the Bermudan's own, until t1 what is had then (8).
 
-        X̃_t = max{(S_t1 − k1)⁺, E_t1[(S_t − k̃_t)⁺]}, k̃_t = k2^{√(t/t2)}, the expectation by a polynomial of degree 8 in
-        S_t1 (Longstaff & Schwartz 2001), within the sample.
+        X̃_t = max{(S_t1 − k1)⁺, E_t1[(S_t − k̃_t)⁺]}, k̃_t = k2^{√(t/t2)}, the expectation by regression on S_t1 within
+        the sample (Longstaff & Schwartz 2001).
         """
         spot_t1 = self.log_spots[EXERCISE_DAY].exp()
         exercise = (spot_t1 - self.strike_t1).clamp(min=0)
-        regress = polynomial_regression(self.log_spots[EXERCISE_DAY])
+        regress = REGRESSIONS[self.regression](self._spots_t1())
         cashflows = [exercise] * (EXERCISE_DAY + 1)
         for t in range(EXERCISE_DAY + 1, self.num_steps + 1):
             strike = self.strike_t2 ** math.sqrt(t / self.num_steps)
@@ -383,7 +409,7 @@ class CalibrationGame:
         """What each path pays at the end (R, n), exercised by the regression: its first-order effect on the price."""
         spot_t1, spot_t2 = self.log_spots[EXERCISE_DAY].exp(), self.log_spots[-1].exp()
         exercise, paid = (spot_t1 - self.strike_t1).clamp(min=0), (spot_t2 - self.strike_t2).clamp(min=0)
-        continuation = polynomial_regression(self.log_spots[EXERCISE_DAY])(paid)
+        continuation = REGRESSIONS[self.regression](self._spots_t1())(paid)
         return torch.where(exercise >= continuation, exercise, paid)
 
 
@@ -392,23 +418,53 @@ def last_day(surface: Surface) -> int:
     return int(surface.last_maturity / DT + 1e-6) if surface.last_maturity < math.inf else 51
 
 
-def polynomial_regression(log_spot: Tensor, degree: int = 8) -> Callable[[Tensor], Tensor]:
-    """Least squares on Chebyshev polynomials of the log-spot, in each run: function of values (R, n) to fits (R, n)."""
+Regression = Callable[[Tensor], Tensor]  # values (R, n) to their fits (R, n)
+
+
+def regression_on(basis: Tensor) -> Regression:
+    """Least squares on a basis (R or 1, n, size), run by run."""
+    weights = torch.linalg.pinv(basis.transpose(-1, -2) @ basis, hermitian=True) @ basis.transpose(-1, -2)
+    return lambda values: (basis @ (weights @ values.to(basis)[..., None]))[..., 0].to(values)
+
+
+def polynomial_regression(log_spot: Tensor, degree: int = 8) -> Regression:
+    """The paper's: Chebyshev polynomials of the log-spots (R, n)."""
     x = log_spot.double()
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     x = (2.0 * x - low - high) / (high - low).clamp(min=1e-12)
     basis = [torch.ones_like(x), x]
     for _ in range(degree - 1):
         basis.append(2.0 * x * basis[-1] - basis[-2])
-    basis = torch.stack(basis, -1)  # (R, n, degree + 1)
-    gram = basis.transpose(-1, -2) @ basis
-    inverse = torch.linalg.pinv(gram, hermitian=True)
+    return regression_on(torch.stack(basis, -1))
 
-    def regress(values: Tensor) -> Tensor:
-        coefficient = inverse @ (basis.transpose(-1, -2) @ values.double()[..., None])
-        return (basis @ coefficient)[..., 0].to(values)
 
-    return regress
+def knots_of(log_spot: Tensor, num_knots: int) -> Tensor:
+    """Quantiles (num_knots,) of log-spots, the extremes among them."""
+    sample = log_spot.flatten().double()
+    sample = sample[:: max(1, len(sample) // 100_000)]
+    return torch.quantile(sample, torch.linspace(0, 1, num_knots, dtype=sample.dtype, device=sample.device))
+
+
+def hats(log_spot: Tensor, knots: Tensor) -> Tensor:
+    """Basis (…, n, num_knots) of the functions that are linear between the knots, at log-spots (…, n)."""
+    x = log_spot.double().clamp(knots[0], knots[-1])
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
+    weight = (x - knots[right - 1]) / (knots[right] - knots[right - 1]).clamp(min=1e-12)
+    basis = torch.zeros(*x.shape, len(knots), dtype=x.dtype, device=x.device)
+    return basis.scatter_(-1, right[..., None], weight[..., None]).scatter_(
+        -1, right[..., None] - 1, 1 - weight[..., None]
+    )
+
+
+def knot_regression(log_spot: Tensor, num_knots: int = 25) -> Regression:
+    """Piecewise linear functions of the log-spots (R, n), knots at their quantiles.
+
+    A policy can hide from a polynomial what it gains around the exercise boundary; from this less.
+    """
+    return regression_on(hats(log_spot, knots_of(log_spot, num_knots)))
+
+
+REGRESSIONS = {"knots": knot_regression, "polynomial": polynomial_regression}
 
 
 def bermudan_strike(surface: Surface, t1: int, t2: int) -> float:
@@ -417,10 +473,10 @@ def bermudan_strike(surface: Surface, t1: int, t2: int) -> float:
     return math.exp(brentq(lambda k: float(surface.call_price(k, t2 * DT)) - worth, 0.0, 0.5))
 
 
-def dupire_errors(game: CalibrationGame, num_paths: int = 2**21, seed: int = 9_000_000) -> Tensor:
-    """Expected errors (days, strikes) of daily local volatility on that game's options, by as many fresh paths."""
-    alone = game.like(num_players=min(num_paths, 2**17), num_runs=1, reference="none", state="local")
-    prices = average_prices(alone, CalibrationGame.step_dupire, num_paths, seed).mean(0)
+def dupire_errors(game: CalibrationGame) -> Tensor:
+    """Expected errors (days, strikes) of daily local volatility on that game's options, by `REFERENCE_PATHS`."""
+    alone = game.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
+    prices = average_prices(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED).mean(0)
     return alone.volatility_errors(prices).cpu()
 
 
@@ -442,29 +498,6 @@ def average_prices(game: CalibrationGame, step: Step, num_paths: int, seed: int)
         play(game, step, seed + chunk)
         prices.append(game.prices(game.log_spots)[0])
     return torch.stack(prices)
-
-
-def knot_regression(log_spot: Tensor, values: Tensor, num_knots: int = 25) -> Callable[[Tensor], Tensor]:
-    """Least squares of values (n,) on a piecewise linear function of the log-spot (n,), knots at its quantiles.
-
-    Where a polynomial of degree 8 oscillates, this does not. Returns the function, which is constant outside.
-    """
-    knots = torch.quantile(
-        log_spot.double()[:: max(1, len(log_spot) // 100_000)], torch.linspace(0, 1, num_knots).double()
-    )
-
-    def basis(x: Tensor) -> Tensor:
-        x = x.double().clamp(knots[0], knots[-1])
-        right = torch.searchsorted(knots, x).clamp(1, num_knots - 1)
-        weight = (x - knots[right - 1]) / (knots[right] - knots[right - 1]).clamp(min=1e-12)
-        hats = torch.zeros(len(x), num_knots, dtype=torch.float64, device=x.device)
-        return hats.scatter_(1, right[:, None], weight[:, None]).scatter_add_(
-            1, right[:, None] - 1, 1 - weight[:, None]
-        )
-
-    hats = basis(log_spot)
-    coefficient = torch.linalg.lstsq(hats.T @ hats, hats.T @ values.double()).solution
-    return lambda x: basis(x) @ coefficient
 
 
 class Bermudan(NamedTuple):
@@ -499,10 +532,13 @@ def bermudan(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Be
             return x, (x.double().exp() - game.strike_t1).clamp(min=0), (y.double().exp() - game.strike_t2).clamp(min=0)
 
         x, exercise, continuation = paid(of_rule)
-        rule = knot_regression(x, continuation)
-        in_sample.append(torch.maximum(exercise, rule(x)).mean())
+        knots = knots_of(x, NUM_KNOTS)
+        basis = hats(x, knots)
+        coefficient = torch.linalg.lstsq(basis.T @ basis, basis.T @ continuation).solution
+        in_sample.append(torch.maximum(exercise, basis @ coefficient).mean())
         x, exercise, continuation = paid(of_price)
-        prices.append(torch.where(exercise >= rule(x), exercise, continuation).mean())
+        rule = hats(x, knots) @ coefficient
+        prices.append(torch.where(exercise >= rule, exercise, continuation).mean())
         europeans.append(torch.stack((exercise.mean(), continuation.mean())))
     price, price_in_sample = torch.stack(prices).mean(), torch.stack(in_sample).mean()
     european = torch.stack(europeans).mean(0)
@@ -518,14 +554,13 @@ class Validation:
     Calling it with a `Step` gives the calibration error of days 21 and later; in the Bermudan task the price too.
     """
 
-    def __init__(self, game: CalibrationGame, num_paths: int = 2**16):
-        bermudan = game.task == "bermudan"
-        self.game = game.like(num_runs=1, num_players=num_paths // (2 if bermudan else 1), common=True)
+    def __init__(self, game: CalibrationGame):
+        self.game = game.like(num_runs=1, num_players=VALIDATION_PATHS // 2, common=True)
 
     def __call__(self, step: Step) -> dict[str, float]:
         metrics = {}
         if self.game.task == "bermudan":
-            value = bermudan(self.game, step, 2 * self.game.num_players, VALIDATION_SEED)
+            value = bermudan(self.game, step, VALIDATION_PATHS, VALIDATION_SEED)
             metrics["charts/bermudan_price"], metrics["charts/european_floor"] = value.price, value.floor
             metrics["charts/switch_value"] = value.switch_value
         play(self.game, step, VALIDATION_SEED)
@@ -642,9 +677,9 @@ class Dependence(NamedTuple):
 
 
 @torch.no_grad()
-def learnt_dependence(game: CalibrationGame, step: Step, num_paths: int = 2**16) -> Dependence:
-    """Plays a policy on the benchmark's first paths and looks at what it does."""
-    alone = game.like(num_players=num_paths, num_runs=1, reference="none", common=True)
+def learnt_dependence(game: CalibrationGame, step: Step) -> Dependence:
+    """Plays a policy once, on other paths than it was trained on, and looks at what it does."""
+    alone = game.like(num_players=VALIDATION_PATHS, num_runs=1, reference="none", common=True)
     alone.reset(torch.Generator(alone.device).manual_seed(BENCHMARK_SEED))
     columns = []
     for t in range(alone.num_steps):

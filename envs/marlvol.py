@@ -276,7 +276,9 @@ def load(path: str, dt: float = DT) -> Marlvol:
     Raises:
         ValueError: not a checkpoint of phase 0, or one whose market does not fit.
     """
-    content = runs.load_checkpoint(path, "phase0", ["market"])
+    content = runs.load_checkpoint(path, "phase0")
+    if "market" not in content:
+        raise ValueError(f"{path}: the run has not been finished, so there is no market in it (--resume)")
     try:
         return Marlvol(content["market"], dt)
     except ValueError as error:

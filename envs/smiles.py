@@ -25,6 +25,7 @@ from envs.dynamics import TRADING_DAYS
 
 Tensor = torch.Tensor
 VOL_POINT = 0.01
+LOW, HIGH = 0.01, 2.0  # volatilities beyond are no smile's
 
 
 def _double(x) -> Tensor:
@@ -54,8 +55,8 @@ class Surface:
         return self.total_variance(*torch.broadcast_tensors(_double(k), _double(t)))
 
     def implied_volatility(self, k, t) -> Tensor:
-        """√(w/t), annualised."""
-        return (self(k, t).w / _double(t)).sqrt()
+        """√(w/t), annualised; at least `LOW`, which only a surface with arbitrage needs."""
+        return (self(k, t).w / _double(t)).clamp(min=LOW**2).sqrt()
 
     def call_price(self, k, t) -> Tensor:
         """Price of the call of strike e^k on a spot of 1."""
@@ -70,15 +71,15 @@ class Surface:
         k, v = _double(k), self(k, t)
         return (1.0 - 0.5 * k * v.dk / v.w) ** 2 - 0.25 * v.dk**2 * (1.0 / v.w + 0.25) + 0.5 * v.dkk
 
-    def local_volatility(self, k, t, low: float = 0.01, high: float = 2.0) -> Tensor:
+    def local_volatility(self, k, t) -> Tensor:
         """Dupire's σ(t, S₀e^k) = √(∂w/∂t / g), annualised (Gatheral 2006, eq. 1.10).
 
-        Kept within [low, high], which only a surface with arbitrage, or far beyond its quotes, ever needs: where the
-        density g vanishes or is negative it is `high`.
+        Kept within [LOW, HIGH], which only a surface with arbitrage, or far beyond its quotes, ever needs: where the
+        density g vanishes or is negative it is HIGH.
         """
         density, growth = self.density_factor(k, t), self(k, t).dt
-        variance = torch.where(density > 0, growth / density, high**2)
-        return variance.clamp(low**2, high**2).sqrt()
+        variance = torch.where(density > 0, growth / density, HIGH**2)
+        return variance.clamp(LOW**2, HIGH**2).sqrt()
 
 
 @dataclass
@@ -137,6 +138,8 @@ class Slices(Surface):
     def __init__(self, maturities: Sequence[float], slices: Sequence[SVI]):
         if not maturities or maturities[0] <= 0 or any(a >= b for a, b in pairwise(maturities)):
             raise ValueError(f"maturities are {', '.join(f'{t:g}' for t in maturities) or 'none'} (> 0, increasing)")
+        if len(slices) != len(maturities):
+            raise ValueError(f"{len(slices)} slices of {len(maturities)} maturities")
         self.maturities, self.slices = [float(t) for t in maturities], [SVI(*map(float, x)) for x in slices]
         self.last_maturity = self.maturities[-1]
         # A slice of maturity 0, where nothing is left, before the others
@@ -144,8 +147,8 @@ class Slices(Surface):
         self._parameters = _double([(0.0, 0.0, 0.0, 0.0, 1.0), *self.slices])
 
     def total_variance(self, k, t):
-        after = torch.searchsorted(self._times, t.contiguous()).clamp(1, len(self._times) - 1)
         times, parameters = self._times.to(k.device), self._parameters.to(k.device)
+        after = torch.searchsorted(times, t.contiguous()).clamp(1, len(times) - 1)
         before = SVI(*parameters[after - 1].unbind(-1)).total_variance(k)
         behind = SVI(*parameters[after].unbind(-1)).total_variance(k)
         span = times[after] - times[after - 1]
@@ -170,7 +173,7 @@ NAMED = {
     # The S&P 500 of 1 August 2018 (spot 2813.18): one arbitrage-free surface through its slices, 0.23 vol points from
     # them, valid to 51 days
     "sp500-2018": SSVI(0.0071, 0.01771, 4.72038, 0.3168, -0.53222, last_maturity=51.5 / TRADING_DAYS),
-    # The slices themselves, rougher, and with a calendar spread of −3e-5 near K/S = 1.127
+    # The slices themselves, rougher: between the first two, total variance falls from K/S = 1.12 on
     "sp500-2018-slices": Slices([days / 365 for days in _SP500_2018_DAYS], [SVI(*x) for x in _SP500_2018]),
     "sp500-2024": Slices([20 / 251, 40 / 251], [SVI(*x) for x in _SP500_2024]),  # 21 June 2024
 }
@@ -269,9 +272,10 @@ def load_quotes(path: str, spot: float = 1.0) -> list[list[Quote]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = {name.strip().lower(): name for name in reader.fieldnames or []}
+            names = ", ".join(name if name.isprintable() else repr(name) for name in columns)
             for column in COLUMNS:
                 if column not in columns:
-                    raise ValueError(f"{path}, line 1: no column '{column}' (found: {', '.join(columns) or 'nothing'})")
+                    raise ValueError(f"{path}, line 1: no column '{column}' (found: {names or 'nothing'})")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 values = []
@@ -306,34 +310,40 @@ def load_quotes(path: str, spot: float = 1.0) -> list[list[Quote]]:
     return smiles
 
 
-TOLERANCE = 1e-6  # of the spot: less than this is rounding in the quoted volatilities
+TOLERANCE = 1e-6  # of the spot, in prices
+ROUNDING = 5e-5  # of quoted volatilities, of four decimals
 
 
 def quoted_arbitrage(smiles: Sequence[Sequence[Quote]]) -> list[tuple[Quote, str]]:
     """Rows whose prices admit a static arbitrage with other rows, and which one.
 
-    At a maturity the call must fall with the strike, by no more than the strike rises, and be convex in it; of the same
-    strike, total variance must not fall with maturity (Gatheral & Jacquier 2014, section 2).
+    At a maturity the call must fall with the strike, by no more than the strike rises, and be convex in it, from the
+    strike 0 on; and it must be worth no more than a later one of its strike (Gatheral & Jacquier 2014, section 2), nor
+    than what lies between the later ones of two strikes around it.
     """
-    found = []
-    for i, smile in enumerate(smiles):
+    found, earlier = [], []
+    for smile in smiles:
         strike, t, volatility = (_double([q[j] for q in smile]) for j in (2, 1, 3))
-        call = black_scholes.price(torch.ones_like(strike), strike, t, volatility)
-        slope = call.diff() / strike.diff()
+        call, _, _, vega = black_scholes.greeks(torch.ones_like(strike), strike, t, volatility)
+        slope, rounding = call.diff() / strike.diff(), TOLERANCE + ROUNDING * vega
+        if (call[0] - 1.0) / strike[0] - slope[0] > rounding[:2].sum() / strike[0]:
+            found.append((smile[1], f"butterfly arbitrage with line {smile[0].line} and a strike of zero"))
+        noise = (rounding[1:] + rounding[:-1]) / strike.diff()
         for j in range(len(slope)):
-            if not -1.0 - TOLERANCE <= slope[j] <= TOLERANCE:
+            if not -1.0 - noise[j] <= slope[j] <= noise[j]:
                 found.append((smile[j + 1], f"vertical spread arbitrage with line {smile[j].line}"))
         for j in range(1, len(slope)):
             share = (strike[j + 1] - strike[j]) / (strike[j + 1] - strike[j - 1])
             butterfly = share * call[j - 1] + (1.0 - share) * call[j + 1] - call[j]
-            if butterfly < -TOLERANCE:
+            if butterfly < -(share * rounding[j - 1] + rounding[j] + (1.0 - share) * rounding[j + 1]):
                 lines = f"lines {smile[j - 1].line} and {smile[j + 1].line}"
                 found.append((smile[j], f"butterfly arbitrage with {lines}: it costs {float(butterfly):.2g} spots"))
-        earlier = {q.strike: q for before in smiles[:i] for q in before}  # the last maturity before this one
-        for q in smile:
-            twin = earlier.get(q.strike)
-            if twin is not None and q.volatility**2 * q.maturity < twin.volatility**2 * twin.maturity - 1e-12:
-                found.append((q, f"calendar arbitrage with line {twin.line}: total variance falls"))
+        for quote, worth in earlier:
+            left = int(torch.searchsorted(strike, quote.strike, right=True)) - 1
+            between = strike[0] <= quote.strike <= strike[-1]
+            if between and worth > np.interp(quote.strike, strike, call + 2.0 * rounding):
+                found.append((smile[left], f"calendar arbitrage with line {quote.line}: it is worth less, and later"))
+        earlier += zip(smile, call.tolist(), strict=True)
     return found
 
 
@@ -373,7 +383,9 @@ def fit_svi(smile: Sequence[Quote], before: SVI | None = None) -> tuple[SVI, Fit
     low = [-1.0, 0.0, -0.999, 2 * k.min() - 0.1, 1e-3]
     high = [4.0 * w.max(), 10.0, 0.999, 2 * k.max() + 0.1, 5.0]
     starts = [(0.5 * w.min(), 0.5 * w.max() / np.ptp(k), rho, 0.0, 0.3 * np.ptp(k)) for rho in (-0.7, -0.2, 0.3)]
-    fits = [least_squares(residuals, start, bounds=(low, high), x_scale="jac", max_nfev=2000) for start in starts]
+    if before is not None:  # variance has to grow everywhere, if only a little: the slice of a day before is near
+        starts.append(np.clip((1.01 * before.a, 1.01 * before.b, *before[2:]), low, high))
+    fits = [least_squares(residuals, start, bounds=(low, high), x_scale="jac", max_nfev=200) for start in starts]
     svi = SVI(*map(float, min(fits, key=lambda fit: fit.cost).x))
     error = np.sqrt(np.maximum(svi.total_variance(k)[0], 1e-12) / t) - volatility
     return svi, Fit(t, len(k), float(np.sqrt((error**2).mean())) / VOL_POINT, float(np.abs(error).max()) / VOL_POINT)

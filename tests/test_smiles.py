@@ -255,10 +255,8 @@ def test_local_volatility_keeps_its_bounds():
     butterfly = Slices([1.0], [VOGT])
     assert butterfly.density_factor(0.8, 1.0) < 0
     assert butterfly.local_volatility(0.8, 1.0) == 2.0
-    assert butterfly.local_volatility(0.8, 1.0, 0.05, 0.5) == 0.5
     calendar = Slices([0.1, 0.2], [SVI(0.02, 0.0, 0.0, 0.0, 1.0), SVI(0.01, 0.0, 0.0, 0.0, 1.0)])
     assert calendar.local_volatility(0.0, 0.15).item() == pytest.approx(0.01)
-    assert calendar.local_volatility(0.0, 0.15, 0.05).item() == pytest.approx(0.05)
 
 
 def test_call_price_bounds_and_broadcasting():

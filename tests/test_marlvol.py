@@ -1,0 +1,185 @@
+"""The calibrated market as a model of the underlying: paths, marks, and every phase in it."""
+
+import math
+
+import pytest
+import torch
+from conftest import PHASES
+
+from envs import HedgingEnv, baselines, benchmark, calibration, dynamics, marlvol, runs, smiles
+from envs.calibration import NODES, CalibrationGame
+
+SP500 = smiles.NAMED["sp500-2018"]
+
+
+def layers_of(game, slope=0.0, own=None):
+    """A network of one hidden layer whose first output is about −slope · z, and the others are `own`."""
+    size = game.observation_size
+    first = torch.zeros(1, size)
+    first[0, 1] = 0.1
+    out = torch.zeros(game.action_size, 1)
+    out[0, 0] = -10.0 * slope
+    bias = torch.zeros(game.action_size)
+    if own is not None:
+        bias[1:] = torch.tensor(own)
+    return [(first, torch.zeros(1)), (out, bias)]
+
+
+def market(slope=0.1, own=None, **settings):
+    game = CalibrationGame(SP500, 100, **settings)
+    return marlvol.export_market(game, layers_of(game, slope, own))
+
+
+MARKETS = {
+    "local": {},
+    "normal": {"action_map": "normal", "own": (0.5,)},
+    "stochastic": {"action_map": "stochastic", "state": "non-path-dependent", "own": (0.0, 0.0)},
+    "bermudan": {"task": "bermudan", "state": "path-dependent"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_particles():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(marlvol, "PARTICLES", 2**14)
+        yield
+
+
+@pytest.mark.parametrize("name", MARKETS)
+@pytest.mark.parametrize("per_day", [1, 2])
+def test_paths_are_martingales_row_by_row(name, per_day):
+    model = marlvol.Marlvol(market(**MARKETS[name]), dt=1 / (252 * per_day))
+    assert model.last_step == 51 * per_day
+    num_steps = 31 * per_day
+    noise = torch.randn(2**14, num_steps, model.noise_size, generator=torch.Generator().manual_seed(0))
+    spot, variance = model.simulate(noise)
+    assert spot.shape == variance.shape == (2**14, num_steps + 1)
+    for t in (1, per_day, num_steps // 2, num_steps):
+        assert abs(spot[:, t].mean() - 100) < 4 * spot[:, t].std() / 2**7
+    # the variance drives the next step: conditionally lognormal
+    log_return = spot.log().diff(dim=1) + 0.5 * variance[:, :-1] * model.dt
+    standardised = log_return / (variance[:, :-1] * model.dt).sqrt()
+    assert standardised.double().std().item() == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(standardised, noise[..., 0], atol=5e-3, rtol=5e-3)
+    few, _ = model.simulate(noise[:100])
+    torch.testing.assert_close(few, spot[:100], rtol=1e-5, atol=0)
+    assert name != "local" or torch.equal(few, spot[:100])
+    whole, _ = model.simulate(torch.zeros(3, model.last_step, model.noise_size))
+    assert whole.shape == (3, model.last_step + 1)
+
+
+def test_projection_is_the_conditional_variance():
+    """Gyöngy: E[σ_t²|S_t], known for "normal", found by particles for "stochastic"."""
+    for name in ("normal", "stochastic"):
+        model = marlvol.Marlvol(market(**MARKETS[name]))
+        noise = torch.randn(2**16, 31, model.noise_size, generator=torch.Generator().manual_seed(1))
+        spot, variance = model.simulate(noise)
+        near = (spot[:, 30] / 100 - 1).abs() < 0.002
+        expected = model.typical_variance(torch.tensor(30), torch.tensor(1.0)).item()
+        # σ² of the stochastic map has heavy tails, and there are few particles here
+        tolerance = 0.02 if name == "normal" else 0.2
+        assert variance[near, 30].mean().item() == pytest.approx(expected, rel=tolerance), name
+
+
+def test_flat_volatility_is_black_scholes():
+    model = marlvol.Marlvol(market(slope=0.0))
+    env = HedgingEnv(64, model, options=[(95.0, 20, False), (100.0, 20, True), (103.0, 30, True)], num_steps=30)
+    env.reset(seed=0)
+    volatility = env.smile.volatility(env.times[:20, None], env.spot[:20] / 100, env.variance[:20])
+    near = (env.spot[:20] / 100 - 1).abs() < 0.05
+    torch.testing.assert_close(volatility[near], torch.full_like(volatility[near], model.volatility), atol=6e-4, rtol=0)
+    assert env.smile.slope(torch.tensor(5.0), torch.tensor(1.0), torch.tensor(0.01)).abs().max() < 1e-2
+    gbm = HedgingEnv(64, dynamics.GBM(model.volatility), num_steps=30)
+    gbm.reset(seed=0)
+    torch.testing.assert_close(HedgingEnv(64, model).reset(seed=0)[0][:, 4], gbm.observe()[:, 4], atol=1e-3, rtol=0)
+
+
+def dupire_market():
+    """Phase 0's result in miniature: a market whose projection is Dupire's local volatility, as a table."""
+    content = market(slope=0.1)
+    game = CalibrationGame(SP500, 100)
+    content["projection"] = game.local_volatility
+    return content, game
+
+
+def test_marks_are_on_the_smile_and_martingales():
+    content, game = dupire_market()
+    model = marlvol.Marlvol(content)
+    model.tables = (game.local_volatility / game.reference_volatility).log()[:, None]
+    strikes, expiry = (95.0, 98.0, 100.0, 102.0), 45
+    env = HedgingEnv(2**15, model, options=[(k, expiry, k >= 100) for k in strikes], num_steps=expiry)
+    env.reset(seed=3)
+    at_start = env.smile.volatility(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(0.01))
+    smile = SP500.implied_volatility(torch.tensor(strikes).div(100).log(), expiry / 252)
+    torch.testing.assert_close(at_start.double(), smile, atol=0.003, rtol=0)  # a daily grid is 0.1 vol points off
+    for t in (1, 10, 30, expiry):
+        change = (env.mark[t] - env.mark[0]).double()
+        assert (change.mean(0).abs() < 4 * change.std(0) / 2**7.5 + 2e-3).all(), t
+    # a minimum-variance delta on the smile's slope leaves less than Black–Scholes'
+    policies = {"black_scholes": baselines.black_scholes_delta(env), "smile": baselines.minimum_variance_delta(env)}
+    sd = {name: benchmark.play(env, policy)["pnl"].std() for name, policy in policies.items()}
+    assert sd["smile"] < 0.95 * sd["black_scholes"]
+    state = env.decode(env.replay()[0])
+    torch.testing.assert_close(state.volatility, at_start.expand(2**15, -1), atol=1e-5, rtol=0)
+
+
+def test_unusable_markets():
+    content = market()
+    for change in ({"layers": []}, {"projection": content["projection"][:3]}, {"game": {"task": "x"}}, {"surface": {}}):
+        with pytest.raises(ValueError, match="market is of another kind"):
+            marlvol.Marlvol({**content, **change})
+    nan = content["projection"].clone()
+    nan[3, 3] = math.nan
+    with pytest.raises(ValueError, match="market is of another kind"):
+        marlvol.Marlvol({**content, "projection": nan})
+    with pytest.raises(ValueError, match=r"expiry is 60 \(at most 51 steps, where the smile ends\)"):
+        HedgingEnv(4, marlvol.Marlvol(content), num_steps=60)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    content, _ = dupire_market()
+    path = tmp_path / "market.pt"
+    runs.save_checkpoint(path, {"phase": "phase0", "args": {}, "iteration": 1, "agent": {}, "market": content})
+    return path
+
+
+def test_every_phase_trades_in_it(phase, checkpoint, tmp_path, monkeypatch, quick, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = phase.flags(iterations=4, dynamics="marlvol", marlvol_checkpoint=checkpoint, num_evaluations=1)
+    phase.module.main(flags)
+    assert "BENCHMARK" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs").iterdir()
+    phase.module.main(["--resume", str(folder)])
+    phase.module.main(["--evaluate", str(folder), "--dynamics", "gbm"])
+
+
+def test_bad_markets_are_refused(phase, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    too_long = ["--num-steps", "60", *(["--expiries", "15", "60"] if phase == PHASES["phase2"] else [])]
+    unfinished = tmp_path / "unfinished.pt"
+    runs.save_checkpoint(unfinished, {"phase": "phase0", "args": {}, "iteration": 1, "agent": {}})
+    market = ["--dynamics", "marlvol", "--marlvol-checkpoint"]
+    for flags, message in (
+        (["--dynamics", "marlvol"], "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0"),
+        (["--marlvol-checkpoint", str(checkpoint)], "--marlvol-checkpoint needs --dynamics marlvol"),
+        ([*market, "nowhere"], "nowhere: no such checkpoint"),
+        ([*market, str(unfinished)], "has not been finished"),
+        ([*market, str(checkpoint), *too_long], f"--num-steps is {too_long[1]} (at most 51 with this"),
+    ):
+        with pytest.raises(runs.UsageError) as refusal:
+            phase.module.main(flags)
+        assert message in str(refusal.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tables_say_what_the_network_says():
+    game = CalibrationGame(SP500, 1000)
+    layers = layers_of(game, 0.2)
+    tables = marlvol.policy_tables(game, layers)
+    assert tables.shape == (51, 1, NODES)
+    calibration.play(game, marlvol.policy_step(layers, None), 0)
+    by_network = game.log_spots[-1]
+    calibration.play(game, marlvol.policy_step(layers, tables), 0)
+    difference = (game.log_spots[-1] - by_network).abs()
+    assert difference.quantile(0.99) < 1e-4  # but where a crash has left the grid

@@ -1,0 +1,278 @@
+"""Phase 0 as a user runs it: short runs of the real script, its learning, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import phase0_marlvol_calibration as phase0
+from envs import calibration, marlvol, runs, smiles
+
+SCRIPT = "phase0_marlvol_calibration.py"
+SMALL = {
+    "num_players": 200, "num_runs": 2, "num_basis": 10, "num_iterations": 4, "num_evaluations": 2, "hidden_size": 8,
+    "eval_paths": 12_000,
+}  # fmt: skip
+FILES = {"args.json", "metrics.csv", "checkpoint.pt", "benchmark.json", "benchmark.md", "learning_curve.png"}
+FIGURES = {"local-vol": {"smiles.png", "local_volatility.png"}, "bermudan": {"learnt_dependence.png"}}
+
+
+@pytest.fixture(autouse=True)
+def few_paths(monkeypatch):
+    for name in ("REFERENCE_PATHS", "VALIDATION_PATHS"):
+        monkeypatch.setattr(calibration, name, 4096)
+    monkeypatch.setattr(marlvol, "PARTICLES", 4096)
+
+
+def flags(**changes) -> list[str]:
+    fields = {**SMALL, **changes}
+    switches = {True: "--", False: "--no-"}
+    return [
+        text
+        for name, value in fields.items()
+        for text in (
+            [switches[value] + name.replace("_", "-")]
+            if isinstance(value, bool)
+            else [f"--{name.replace('_', '-')}", str(value)]
+        )
+    ]
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """Runs the script in this process: main(**changes) → its run folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, **changes) -> Path:
+        before = set(tmp_path.glob("runs/*"))
+        call.passed = phase0.main([*flags(**changes), *map(str, words)])
+        (folder,) = set(tmp_path.glob("runs/*")) - before
+        return folder
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reward": "shared", "interpolation": "nearest", "reference": "black-scholes", "vega_weights": True},
+        {"common_random_numbers": False, "antithetic": False, "learn_std": True, "reference": "none"},
+        {"reward": "difference", "basis_players": False},
+        {"action_map": "normal", "smile": "sp500-2024", "num_steps": 30},
+        {"action_map": "stochastic", "state": "non-path-dependent", "num_basis": 5},
+        {"task": "bermudan"},
+        {"task": "bermudan", "state": "non-path-dependent", "reward": "difference", "regression": "polynomial"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "default",
+)
+def test_smoke(main, changes, capsys):
+    folder = main(**changes)
+    out = capsys.readouterr().out
+    assert ("BENCHMARK PASSED" if main.passed else "BENCHMARK FAILED") in out
+    assert "memory at its peak" in out
+    task = changes.get("task", "local-vol")
+    assert {path.name for path in folder.iterdir()} == FILES | FIGURES[task]
+    content = json.loads((folder / "benchmark.json").read_text())
+    assert {"agent", "Dupire local volatility"} <= set(content["rows"])
+    rows = runs.read_metrics(folder / "metrics.csv")
+    steps = changes.get("num_steps", 40 if changes.get("smile") else 51) * 200 * 2
+    assert [row["global_step"] for row in rows] == [0, 2 * steps, 4 * steps]
+    model = marlvol.load(str(folder))  # a market for the other phases
+    spot, _ = model.simulate(torch.zeros(2, 22, model.noise_size))
+    assert spot.isfinite().all()
+
+
+@pytest.mark.parametrize("reward", ["difference", "shared"])
+def test_training_calibrates(reward, tmp_path):
+    """A few seconds take it most of the way from constant volatility to the smile."""
+    few = {"difference": (4, 50, 0.15), "shared": (10, 20, 0.05)}[reward]
+    args = phase0.Args(
+        reward=reward, num_players=2000, num_runs=few[0], num_basis=few[1], exploration_std=few[2], num_iterations=50,
+        num_evaluations=2, save_model=False, hidden_size=32, learning_rate=1e-2,
+    )  # fmt: skip
+    phase0.resolve(args)
+    game = phase0.make_game(args, smiles.NAMED["sp500-2018"], torch.device("cpu"))
+    phase0.train(args, game, tmp_path, torch.device("cpu"), None, None)
+    errors = [row["charts/rmse"] for row in runs.read_metrics(tmp_path / "metrics.csv")]
+    assert errors[0] > 3
+    assert errors[-1] < {"difference": 1.2, "shared": 3.0}[reward]
+
+
+def test_basis_players_are_interpolated():
+    basis = torch.tensor([[0.0, 2.0, 1.0]])
+    noise = torch.tensor([[[1.0], [3.0], [-1.0]]])
+    points = torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.75, 2.0, 9.0])
+    linear = phase0.interpolate_linear(basis, noise, points)[0, :, 0]
+    assert linear.tolist() == [1.0, 1.0, 0.0, -1.0, 2.0, 3.0, 3.0]
+    nearest = phase0.interpolate_nearest(basis[..., None], noise, points[None, :, None])[0, :, 0]
+    assert nearest.tolist() == [1.0, 1.0, nearest[2].item(), -1.0, 3.0, 3.0, 3.0]
+    pairs = phase0.sample_noise(phase0.Args(num_runs=4), (3, 2), torch.Generator().manual_seed(0))
+    assert pairs.shape == (4, 3, 2)
+    assert torch.equal(pairs[:2], -pairs[2:])
+
+
+@pytest.mark.parametrize("task", calibration.TASKS)
+def test_rollout_is_what_it_says(task):
+    """Advantages add up to nothing over runs, the last run does not explore, and actions explain their noise."""
+    args = phase0.Args(task=task, reference="none", num_players=300, num_basis=20, num_runs=4)
+    phase0.resolve(args)
+    game = phase0.make_game(args, smiles.NAMED["sp500-2018"], torch.device("cpu"))
+    agent = phase0.Agent(game, args)
+    batch, errors = phase0.rollout(game, agent, args, torch.Generator().manual_seed(1))
+    steps = 51 if task == "local-vol" else 51 - calibration.EXERCISE_DAY
+    assert errors.shape == (47, 11)
+    assert batch.actions.shape == (steps * 4 * 20, 1)
+    assert batch.observations.isfinite().all()
+    advantages = batch.advantages.view(steps, 4, 20)
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(steps, 20), atol=1e-4, rtol=0)
+    noise = ((batch.actions - batch.means) / args.exploration_std).view(steps, 4, 20)
+    torch.testing.assert_close(noise[:, :2], -noise[:, 2:], atol=2e-3, rtol=0)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    alone = game.like(num_runs=1)
+    alone.start(game.shocks, None)
+    for _ in range(51):
+        agent.stepper(alone)(alone)
+    torch.testing.assert_close(alone.log_spots[-1][0], game.log_spots[-1][-1], atol=1e-5, rtol=0)
+
+
+def test_killed_runs_resume_to_the_same_numbers(main, tmp_path):
+    settings = {"num_iterations": 12, "num_evaluations": 6}
+    whole = main(**settings)
+    place = tmp_path / "killed"
+    place.mkdir()
+    # the same code as here, with as few paths
+    code = (
+        "import sys; from envs import calibration, marlvol, runs; import phase0_marlvol_calibration as phase0\n"
+        "calibration.REFERENCE_PATHS = calibration.VALIDATION_PATHS = marlvol.PARTICLES = 4096\n"
+        "runs.run(phase0.main, sys.argv[1:])"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *flags(**settings)]
+    process = subprocess.Popen(
+        command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        metrics = list(place.glob("runs/*/metrics.csv"))
+        if metrics and len(metrics[0].read_text().splitlines()) > 3:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = place.glob("runs/*")
+    assert not (folder / "benchmark.json").exists()
+    assert phase0.main(["--resume", str(folder)]) == main.passed
+    one, two = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (whole, folder))
+    for name, value in one["agent"].items():
+        assert torch.equal(value, two["agent"][name]), name
+    assert torch.equal(one["market"]["projection"], two["market"]["projection"])
+    assert (whole / "benchmark.json").read_bytes() == (folder / "benchmark.json").read_bytes()
+    with pytest.raises(runs.UsageError, match=r"--learning-rate is 0\.1, but the run to resume has"):
+        phase0.main(["--resume", str(folder), "--learning-rate", "0.1"])
+
+
+def test_evaluate_repeats_the_benchmark_and_takes_another_smile(main):
+    folder = main(task="bermudan")
+    again = main("--evaluate", folder)
+    rows = [json.loads((x / "benchmark.json").read_text())["rows"] for x in (folder, again)]
+    assert rows[0] == rows[1]
+    beside = main("--evaluate", folder, "--beside", folder)
+    assert json.loads((beside / "benchmark.json").read_text())["rows"] == rows[0]
+    first = main()
+    other = main("--evaluate", first, "--smile", "sp500-2024")
+    assert json.loads((other / "benchmark.json").read_text())["settings"]["days"] == 40
+
+
+def test_a_smile_of_ones_own(main, tmp_path, capsys):
+    surface = smiles.NAMED["sp500-2018"]
+    lines = ["maturity,strike,implied_volatility"]
+    for days in (10, 25, 40):
+        k = smiles.torch.linspace(-2.0, 1.2, 9).double() * surface(0.0, days / 252).w.sqrt()
+        volatilities = surface.implied_volatility(k, days / 252)
+        lines += [f"{days / 252},{2800 * math_exp},{v}" for math_exp, v in zip(k.exp(), volatilities, strict=True)]
+    path = tmp_path / "quotes.csv"
+    path.write_text("\n".join(lines).replace("tensor(", "").replace(")", ""))
+    folder = main("--smile", path, "--smile-spot", 2800)
+    assert capsys.readouterr().out.count("vol points\n") >= 3  # the fit of each maturity
+    assert json.loads((folder / "benchmark.json").read_text())["settings"]["days"] == 40
+    damaged = path.read_text().splitlines()
+    damaged[5] = damaged[5].rsplit(",", 1)[0] + ",0.6"
+    path.write_text("\n".join(damaged))
+    with pytest.raises(runs.UsageError) as refusal:
+        main("--smile", path, "--smile-spot", 2800)
+    assert "quotes.csv, line " in str(refusal.value)
+    assert "arbitrage" in str(refusal.value)
+    assert "--allow-arbitrage" in str(refusal.value)
+    main("--smile", path, "--smile-spot", 2800, "--allow-arbitrage")
+
+
+def test_the_papers_preset():
+    args = runs.parse_args(phase0.Args, [], default=phase0.Args(**phase0.PRESETS["paper"]))
+    phase0.resolve(args)
+    phase0.validate(args)
+    assert (args.num_players, args.num_runs, args.hidden_layers, args.hidden_size) == (120_000, 10, 3, 50)
+    assert (args.clip_coef, args.target_kl, args.learning_rate, args.update_epochs) == (0.3, 0.01, 1e-4, 30)
+    assert args.reward == "shared"
+    assert not args.common_random_numbers
+
+
+def test_preset_gives_way_to_other_flags(main):
+    folder = main("--preset", "paper")
+    saved = json.loads((folder / "args.json").read_text())
+    assert saved["num_players"] == SMALL["num_players"]
+    assert (saved["action_map"], saved["update_epochs"]) == ("normal", 30)
+    assert set(saved) == set(asdict(phase0.Args()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "american"], "--task is 'american' (one of local-vol, bermudan)"),
+        (["--state", "global"], "--state is 'global' (one of local, non-path-dependent, path-dependent)"),
+        (["--smile", "nowhere.csv"], "--smile is 'nowhere.csv' (one of sp500-2018, sp500-2018-slices, sp500-2024, or"),
+        (["--num-steps", "20"], "--num-steps is 20 (at least 22, at most 504)"),
+        (["--num-steps", "60"], "--num-steps is 60 (at least 22, at most 51, the last maturity)"),
+        (["--num-runs", "1"], "--num-runs is 1 (at least 2 with common random numbers)"),
+        (["--num-runs", "5"], "--num-runs is 5 (even with --antithetic)"),
+        (["--num-basis", "0"], "--num-basis is 0 (at least 1"),
+        (["--num-basis", "20000"], "--num-basis is 20000 (at least 1, at most"),
+        (["--num-players", "5"], "--num-players is 5 (at least 100"),
+        (["--num-players", "4000000", "--num-runs", "1000"], "GiB free on cpu"),
+        (["--exploration-std", "0"], "--exploration-std is 0.0 (more than 0)"),
+        (["--clip-coef", "2"], "--clip-coef is 2.0 (more than 0, at most 1)"),
+        (["--eval-paths", "10"], "--eval-paths is 10 (at least 1000"),
+        (["--task", "bermudan", "--state", "local"], "--state local has nothing to choose in --task bermudan"),
+        (["--task", "bermudan", "--interpolation", "linear"], "--interpolation linear needs --state local"),
+        (["--action-map", "stochastic"], "--action-map stochastic needs a --state with the last volatility"),
+        (["--beside", "runs/x"], "--beside is for --task bermudan"),
+        (["--preset", "fast"], "--preset is 'fast' (one of default, paper)"),
+        (["--smile-spot", "0"], "--smile-spot is 0.0 (more than 0)"),
+        (["--evaluate", "nowhere"], "nowhere: no such checkpoint"),
+    ],
+)
+def test_bad_input(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(runs.UsageError) as refusal:
+        phase0.main(words)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_and_exit_code(script):
+    shown = script(SCRIPT, "--help")
+    assert shown.returncode == 0
+    for text in ("--exploration-std", "Commands to start from", "the paper's reward"):
+        assert text in " ".join(shown.stdout.split())
+    refused = script(SCRIPT, "--num-runs", "3")
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == "error: --num-runs is 3 (even with --antithetic)"
