@@ -197,8 +197,6 @@ def validate(args: Args) -> None:
     runs.check(not linear or args.state == "local", "--interpolation linear needs --state local (or nearest)")
     walks = args.action_map != "stochastic" or args.state != "local"
     runs.check(walks, "--action-map stochastic needs a --state with the last volatility (non-path-dependent)")
-    useful = args.task == "local-vol" or args.state != "local"
-    runs.check(useful, "--state local has nothing to choose in --task bermudan: localisation fixes it")
     runs.check_range(args, 100, 2**22, "num_players")
     runs.check_range(args, 1, args.num_players, "num_basis")
     runs.check_range(args, 1, 1024, "num_runs")

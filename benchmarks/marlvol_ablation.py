@@ -1,0 +1,95 @@
+"""What makes MARLVol accurate: phase 0 with one thing changed at a time, every variant given the same time.
+
+    python benchmarks/marlvol_ablation.py                  all variants, three seeds, 100 seconds of training each
+
+How many iterations fit into the time is measured first, by a short run under the same load; then the run has so many,
+with the learning rate annealed over them. Writes runs/marlvol_ablation/ablation.json and .md (or -2, -3 …).
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from as_user import run_phase  # puts the root of the project on the path, too
+
+from envs import benchmark, runs
+
+VARIANTS = {
+    "default (shared reward)": [],
+    "difference reward": ["--reward", "difference"],
+    "common random numbers off": ["--no-common-random-numbers"],
+    "antithetic exploration off": ["--no-antithetic"],
+    "basis players off, shared reward": ["--no-basis-players"],
+    "basis players off, difference reward": ["--no-basis-players", "--reward", "difference"],
+    "reference model off": ["--reference", "none"],
+    "the paper's preset": ["--preset", "paper"],
+}
+
+
+@dataclass
+class Args:
+    """Runs phase 0 in several variants, each with the same time to train, and tabulates their errors."""
+
+    seconds: float = 100.0
+    """of training, each run"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of the runs"""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """which of them"""
+    jobs: int = 2
+    """runs side by side"""
+
+
+def train(args: Args, variant: str, seed: int) -> dict:
+    """Iterations, seconds and errors of one run."""
+    flags = ["--seed", str(seed), "--num-evaluations", "1", "--exp-name", "ablation", *VARIANTS[variant]]
+    label = f"{variant}, seed {seed}"
+    short = run_phase(
+        "phase0_marlvol_calibration.py", [*flags, "--num-iterations", "2", "--eval-paths", "12000"], label
+    )
+    each = runs.read_metrics(short / "metrics.csv")[-1]["charts/seconds_per_iteration"]
+    iterations = max(1, round(args.seconds / each))
+    folder = run_phase("phase0_marlvol_calibration.py", [*flags, "--num-iterations", str(iterations)], label)
+    result = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    seconds = iterations * runs.read_metrics(folder / "metrics.csv")[-1]["charts/seconds_per_iteration"]
+    return {"variant": variant, "seed": seed, "iterations": iterations, "seconds": seconds, **result["rows"]["agent"]}
+
+
+def main(argv) -> bool:
+    args = runs.parse_args(Args, argv)
+    runs.check(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds needs one or more different ones")
+    runs.check(set(args.variants) <= set(VARIANTS), f"--variants are {', '.join(VARIANTS)}")
+    runs.check_range(args, 1, 64, "jobs")
+    runs.check_range(args, 1, 1e5, "seconds")
+    pairs = list(product(args.variants, args.seeds))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(lambda pair: train(args, *pair), pairs))
+    folder = runs.new_folder(Path("runs/marlvol_ablation"))
+    runs.write_json(folder / "ablation.json", {"args": asdict(args), "rows": rows})
+    body = []
+    for variant in args.variants:
+        of = [row for row in rows if row["variant"] == variant]
+        errors = ", ".join(f"{row['rmse']:.3f}" for row in of)
+        mean = sum(row["rmse"] for row in of) / len(of)
+        worst, iterations = max(row["worst"] for row in of), sum(row["iterations"] for row in of) / len(of)
+        seconds = sum(row["seconds"] for row in of) / len(of)
+        body.append([variant, f"{mean:.3f}", errors, f"{worst:.2f}", f"{iterations:.0f}", f"{seconds:.0f}"])
+    header = [
+        "variant",
+        "mean RMSE",
+        f"seeds {', '.join(map(str, args.seeds))}",
+        "largest error",
+        "iterations",
+        "seconds",
+    ]
+    table = benchmark.markdown_table(header, body)
+    (folder / "ablation.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\nerrors in vol points; report: {folder}")
+    return True
+
+
+if __name__ == "__main__":
+    runs.run(main, sys.argv[1:])
