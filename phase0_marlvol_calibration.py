@@ -278,14 +278,11 @@ class Agent(nn.Module):
         """Up to a constant: mean and actions (m, size) → (m,)."""
         return (-0.5 * ((actions - mean) * (-self.actor_logstd).exp()) ** 2 - self.actor_logstd).sum(-1)
 
-    @property
-    def layers(self) -> marlvol.Layers:
-        """Weights and biases of the policy's network."""
-        return [(layer.weight, layer.bias) for layer in self.actor_mean if isinstance(layer, nn.Linear)]
-
     def stepper(self, game: CalibrationGame) -> calibration.Step:
         """The mean policy as a step of this game or of one like it: what is benchmarked."""
-        return marlvol.policy_step(self.layers, marlvol.policy_tables(game, self.layers) if game.is_local else None)
+        return marlvol.policy_step(
+            self.actor_mean, marlvol.policy_tables(game, self.actor_mean) if game.is_local else None
+        )
 
 
 # ALGO LOGIC: exploration by basis players
@@ -342,7 +339,7 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
     first = calibration.EXERCISE_DAY if game.task == "bermudan" else 0  # before, nobody has a choice
     # Every step has basis players of its own, the same in all runs
     basis = torch.randint(n, (game.num_steps, args.num_basis), generator=generator, device=game.device)
-    tables = marlvol.policy_tables(game, agent.layers) if game.is_local else None
+    tables = marlvol.policy_tables(game, agent.actor_mean) if game.is_local else None
     steps = []
     for t in range(game.num_steps):
         players = basis[t]
@@ -402,7 +399,12 @@ def rewards_to_go(game: CalibrationGame, args: Args, errors: Tensor, basis: Tens
     num_runs = args.num_runs
     shared = args.reward == "shared"
     if game.task == "local-vol" and shared:
-        rewards = game.shared_rewards(errors[:num_runs]).T[..., None]
+        explored = errors[:num_runs]
+        if args.common_random_numbers:
+            # Exploration raises everybody's variance on average, which is no error of the policy: only what a run's
+            # own exploration adds to the error of the run without
+            explored = errors[-1] + explored - explored.mean(0)
+        rewards = game.shared_rewards(explored).T[..., None]
     elif game.task == "local-vol":
         # Where the policy's prices are off is what the run without exploration says
         paths = torch.stack([x[:num_runs, basis.flatten()] for x in game.log_spots])
@@ -494,7 +496,7 @@ def train(args: Args, game: CalibrationGame, run_dir: Path, device: torch.device
             content |= {"generator": runs.gather(generator.get_state()), "world_size": runs.world_size()}
             content |= {"tracker": tracker.id if tracker else None}
             if iteration == args.num_iterations:  # for the other phases' --marlvol-checkpoint
-                content |= {"market": marlvol.export_market(game, agent.layers)}
+                content |= {"market": marlvol.export_market(game, agent.actor_mean)}
             runs.save_checkpoint(run_dir / "checkpoint.pt", content)
 
     validation = calibration.Validation(game)
@@ -553,7 +555,7 @@ def run_benchmark(args: Args, game: CalibrationGame, agent: Agent, steps: int, r
         models[calibration.CONSTANT] = CalibrationGame.step_constant
         played = {name: calibration.calibrate(game, model, paths) for name, model in models.items()}
         result = calibration.judge_smile(title, settings, played)
-        market = marlvol.Marlvol(marlvol.export_market(game, agent.layers))
+        market = marlvol.Marlvol(marlvol.export_market(game, agent.actor_mean))
         figures.calibration_report(run_dir, title, game, result, played, market)
     result.write(run_dir)
     return result

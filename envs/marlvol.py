@@ -7,17 +7,42 @@ later what becomes of it at the spot that has been reached.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from envs import black_scholes, calibration, runs, smiles
-from envs.calibration import DT, WIDTH, CalibrationGame
+from envs.calibration import DT, NODES, WIDTH, CalibrationGame
 from envs.dynamics import Dynamics, Smile
 
 Tensor = torch.Tensor
 PARTICLES = 2**18
 PROJECTION_SEED = 8_000_000
+
+
+Policy = Callable[[Tensor], Tensor]  # features (…, observation_size) → mean actions (…, size)
+
+
+def policy_tables(game: CalibrationGame, policy: Policy) -> Tensor:
+    """Mean actions (T, size, nodes) on the game's grid, where the state is (t, S) alone."""
+    features = [game.features(t, calibration.at_spots(game.grid.log_spot[t])) for t in range(game.num_steps)]
+    return policy(torch.stack(features)).transpose(1, 2)
+
+
+def policy_step(policy: Policy | None, tables: Tensor | None) -> calibration.Step:
+    """The mean policy as a step of a game: by its tables (see `policy_tables`) where there are any.
+
+    In one dimension a look-up is faster than a network, and the same for a player whoever else there is."""
+
+    def step(game: CalibrationGame) -> None:
+        if tables is None:
+            game.step(policy(game.observe()))
+        else:
+            rows = [game.grid.lookup(row[None], game.t, game.state.log_spot) for row in tables[game.t]]
+            game.step(torch.stack(rows, -1))
+
+    return step
 
 
 Layers = list[tuple[Tensor, Tensor]]  # weights and biases of a network with tanh between its layers
@@ -30,46 +55,34 @@ def network(layers: Layers, x: Tensor) -> Tensor:
     return x
 
 
-def policy_tables(game: CalibrationGame, layers: Layers) -> Tensor:
-    """Mean actions (T, size, nodes) on the game's grid, where the state is (t, S) alone."""
-    features = [game.features(t, calibration.at_spots(game.grid.log_spot[t])) for t in range(game.num_steps)]
-    return network(layers, torch.stack(features)).transpose(1, 2)
-
-
-def policy_step(layers: Layers, tables: Tensor | None) -> calibration.Step:
-    """The mean policy as a step of a game: by its tables (see `policy_tables`) where there are any.
-
-    In one dimension a look-up is faster than the network, and the same for a player whoever else there is."""
-
-    def step(game: CalibrationGame) -> None:
-        if tables is None:
-            game.step(network(layers, game.observe()))
-        else:
-            rows = [game.grid.lookup(row[None], game.t, game.state.log_spot) for row in tables[game.t]]
-            game.step(torch.stack(rows, -1))
-
-    return step
-
-
 @torch.no_grad()
-def export_market(game: CalibrationGame, layers: Layers) -> dict:
+def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     """All that makes a market of a calibrated policy: tensors, numbers and names, to be saved in a checkpoint.
 
-    Beside the policy that is its projection √E[σ_t²|S_t] (T, nodes), annualised, and in the Bermudan task the leverage
-    √E[m²|S_t] that localises it, both by particles where they are not known.
+    The policy is saved as its tables where the state is (t, S), else as its linear layers. Beside it its projection
+    √E[σ_t²|S_t] (T, nodes), annualised, and in the Bermudan task the leverage √E[m²|S_t] that localises it, both by
+    particles where they are not known.
+
+    Raises:
+        ValueError: a policy of another state than (t, S) that is not linear layers with tanh between them.
     """
+    tables = policy_tables(game, policy) if game.is_local else None
+    layers = [(layer.weight, layer.bias) for layer in policy.modules() if isinstance(layer, torch.nn.Linear)]
+    if not game.is_local:
+        x = torch.linspace(-2, 2, 100 * game.observation_size, device=game.device).view(100, -1)
+        if not torch.allclose(network(layers, x), policy(x), atol=1e-4):
+            raise ValueError("this policy's network cannot be saved as a market: change marlvol.network with it")
     leverage, projection = None, None
     if game.task == "bermudan" or not game.is_local:
         particles = game.like(num_players=PARTICLES, num_runs=1, reference="none", common=True)
-        calibration.play(particles, policy_step(layers, None), PROJECTION_SEED)
+        calibration.play(particles, policy_step(policy, None), PROJECTION_SEED)
     if game.task == "bermudan":
         leverage, projection = torch.stack(particles.leverages), game.local_volatility  # by construction
     elif game.is_local:
-        table, reference = policy_tables(game, layers), game.reference_volatility
-        log_mean_square = 2.0 * table[:, 0].clamp(-3, 3)
+        log_mean_square = 2.0 * tables[:, 0].clamp(-3, 3)
         if game.action_map == "normal":
-            log_mean_square = log_mean_square + 2.0 * game.own_std(table[:, 1]) ** 2
-        projection = reference * (0.5 * log_mean_square).exp()
+            log_mean_square = log_mean_square + 2.0 * game.own_std(tables[:, 1]) ** 2
+        projection = game.reference_volatility * (0.5 * log_mean_square).exp()
     else:
         rows = []
         for t, log_volatility in enumerate(particles.log_volatilities):
@@ -82,7 +95,8 @@ def export_market(game: CalibrationGame, layers: Layers) -> dict:
     return {
         "surface": smiles.to_dict(game.surface),
         "game": {name: game.settings[name] for name in names},
-        "layers": [(weight.detach().cpu(), bias.detach().cpu()) for weight, bias in layers],
+        "tables": None if tables is None else tables.cpu(),
+        "layers": None if game.is_local else [(weight.cpu(), bias.cpu()) for weight, bias in layers],
         "leverage": None if leverage is None else leverage.cpu(),
         "projection": projection.detach().cpu(),
     }
@@ -112,13 +126,18 @@ class Marlvol(Dynamics):
     def __init__(self, market: dict, dt: float = DT):
         try:
             game = CalibrationGame(smiles.from_dict(market["surface"]), 1, **market["game"])
-            self.layers = [(weight.float(), bias.float()) for weight, bias in market["layers"]]
-            self.projection, game.leverage = market["projection"].float(), market["leverage"]
-            sizes = [weight.shape[1] for weight, _ in self.layers] + [len(self.layers[-1][1])]
-            fits = (sizes[0], sizes[-1]) == (game.observation_size, game.action_size)
-            tables = [self.projection] if game.leverage is None else [self.projection, game.leverage]
-            fits = fits and all(len(x) == game.num_steps and x.isfinite().all() for x in tables)
-            self.tables = policy_tables(game, self.layers) if game.is_local else None
+            self.projection, self.tables, game.leverage = (
+                market[name] for name in ("projection", "tables", "leverage")
+            )
+            self.layers = market["layers"]
+            shapes = [(game.num_steps, NODES)] + [(game.num_steps, NODES)] * (game.task == "bermudan")
+            known = [self.projection] + [game.leverage] * (game.task == "bermudan")
+            if game.is_local:
+                known, shapes = [*known, self.tables], [*shapes, (game.num_steps, game.action_size, NODES)]
+            else:
+                actions = network(self.layers, torch.zeros(1, game.observation_size))
+                known, shapes = [*known, actions], [*shapes, (1, game.action_size)]
+            fits = all(x.shape == shape and x.isfinite().all() for x, shape in zip(known, shapes, strict=True))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:
@@ -169,14 +188,15 @@ class Marlvol(Dynamics):
             game.grid.scale, game.grid.log_spot = game.grid.scale.to(device), game.grid.log_spot.to(device)
             game.leverage = None if game.leverage is None else game.leverage.to(device)
             self.tables = None if self.tables is None else self.tables.to(device)
-            self.layers = [(weight.to(device), bias.to(device)) for weight, bias in self.layers]
+            if self.layers is not None:
+                self.layers = [(weight.to(device), bias.to(device)) for weight, bias in self.layers]
 
     @torch.no_grad()
     def simulate(self, noise, spot=100.0):
         n, num_steps, per_day = len(noise), noise.shape[1], self.steps_per_day
         game = self.game
         self._to(noise.device)
-        step = policy_step(self.layers, self.tables)
+        step = policy_step(lambda features: network(self.layers, features), self.tables)
         needed = min(game.num_steps, num_steps // per_day + 1)  # with the day that the last variance belongs to
         normals = torch.zeros(n, needed * per_day, noise.shape[2], device=noise.device)
         normals[:, :num_steps] = noise

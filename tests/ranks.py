@@ -11,7 +11,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from conftest import PHASES  # noqa: E402
 
-from envs import dynamics, runs  # noqa: E402
+import phase0_marlvol_calibration as calibrate  # noqa: E402
+from envs import calibration, dynamics, marlvol, runs, smiles  # noqa: E402
 
 PPO = ("phase1", "phase3", "phase4")
 
@@ -41,6 +42,7 @@ def train() -> None:
     """Every PPO phase for a few updates; each rank writes down what it ended with."""
     arithmetic()
     resume()
+    phase0()
     for name in PPO:
         phase = PHASES[name]
         folder = Path(name)
@@ -49,6 +51,20 @@ def train() -> None:
         torch.distributed.barrier()
         agent, steps = phase.train(phase.args(num_evaluations=2), folder)
         torch.save({"agent": agent.state_dict(), "steps": steps}, folder / f"rank{runs.rank()}.pt")
+
+
+def phase0() -> None:
+    """The calibration of phase 0, whose ranks explore on paths of their own."""
+    calibration.REFERENCE_PATHS = calibration.VALIDATION_PATHS = marlvol.PARTICLES = 4096
+    folder = Path("phase0")
+    if runs.rank() == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    args = calibrate.Args(num_players=200, num_runs=2, num_basis=10, num_iterations=3, num_evaluations=1)
+    calibrate.resolve(args)
+    game = calibrate.make_game(args, smiles.NAMED["sp500-2018"], torch.device("cpu"))
+    agent, steps = calibrate.train(args, game, folder, torch.device("cpu"), None, None)
+    torch.save({"agent": agent.state_dict(), "steps": steps}, folder / f"rank{runs.rank()}.pt")
 
 
 def resume() -> None:

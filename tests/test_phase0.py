@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from conftest import ROOT
 
 import phase0_marlvol_calibration as phase0
@@ -276,3 +278,25 @@ def test_help_and_exit_code(script):
     refused = script(SCRIPT, "--num-runs", "3")
     assert refused.returncode == 2
     assert refused.stderr.strip() == "error: --num-runs is 3 (even with --antithetic)"
+
+
+def test_track_offline(main, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    main("--track")
+    wandb.teardown()  # or the next run in this process would write where this one did
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_copy_and_modify(script, tmp_path):
+    """Another network, and another reward: what a market is made of is the policy's own."""
+    shutil.copytree(ROOT / "envs", tmp_path / "copy" / "envs")
+    text = (ROOT / SCRIPT).read_text()
+    for old, new in {"nn.Tanh()": "nn.SiLU()", "rewards = game.shared_": "rewards = 2.0 * game.shared_"}.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "copy" / "my_idea.py").write_text(text)
+    done = script("my_idea.py", *flags(reward="shared"), root=tmp_path / "copy")
+    assert done.returncode in (0, 1), done.stderr
+    (folder,) = tmp_path.glob("runs/*my_idea*")
+    assert marlvol.load(str(folder)).tables.isfinite().all()
