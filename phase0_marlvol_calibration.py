@@ -96,13 +96,13 @@ class Args:
     default of bermudan"""
     action_map: str = "direct"
     """what actions are: direct (ln σ), normal (mean and variance of ln σ), stochastic (μ, η, ρ of ln σ's diffusion)"""
-    reward: str | None = None
+    reward: str = "shared"
     """shared (the paper's) or difference (each path's first-order effect on the shared error)"""
-    num_players: int = 10_000
+    num_players: int = 5_000
     """n, trajectories of a run; in antithetic pairs"""
-    num_runs: int = 4
+    num_runs: int = 10
     """B, runs side by side that explore; one more follows the mean policy"""
-    num_basis: int = 100
+    num_basis: int = 30
     """n_p, basis players drawn at every step: only they sample exploration and are learnt from"""
     basis_players: bool = True
     """interpolate the others' exploration from the basis players'; otherwise every player has its own"""
@@ -118,8 +118,8 @@ class Args:
     """model whose error on the same paths is subtracted: local-vol (Dupire's), black-scholes, none"""
 
     # The algorithm
-    num_iterations: int = 550
-    """rollouts, each followed by an update"""
+    num_iterations: int | None = None
+    """rollouts, each followed by an update; by default 1,000, or 120 for bermudan, whose steps cost more"""
     learning_rate: float = 1e-2
     """learning rate of Adam"""
     anneal_lr: bool = True
@@ -134,7 +134,7 @@ class Args:
     """the KL penalty's weight is adapted to this divergence an update"""
     vf_coef: float = 0.5
     """weight of the value loss, where the critic is the baseline (without common random numbers)"""
-    exploration_std: float = 0.3
+    exploration_std: float = 0.1
     """standard deviation of the exploration, in units of the action"""
     learn_std: bool = False
     """learn the exploration's standard deviation"""
@@ -155,7 +155,7 @@ class Args:
 PRESETS = {
     "default": {},
     "paper": {
-        "action_map": "normal", "reward": "shared", "num_players": 120_000, "num_runs": 10, "num_basis": 100,
+        "action_map": "normal", "num_players": 120_000, "num_runs": 10, "num_basis": 100,
         "common_random_numbers": False, "antithetic": False, "reference": "black-scholes", "regression": "polynomial",
         "learning_rate": 1e-4, "anneal_lr": False, "update_epochs": 30, "num_minibatches": 10, "clip_coef": 0.3,
         "target_kl": 0.01, "exploration_std": 0.3, "learn_std": True, "hidden_layers": 3, "hidden_size": 50,
@@ -166,8 +166,8 @@ PRESETS = {
 def resolve(args: Args) -> None:
     """Fills in what depends on the task or on another flag."""
     bermudan = args.task == "bermudan"
+    args.num_iterations = args.num_iterations or (120 if bermudan else 1000)
     args.state = args.state or ("path-dependent" if bermudan else "local")
-    args.reward = args.reward or ("shared" if bermudan else "difference")
     args.interpolation = args.interpolation or ("linear" if args.state == "local" else "nearest")
 
 
@@ -184,21 +184,28 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, math.inf, "smile_spot", open_low=True)
     if args.num_steps is not None:
         runs.check_range(args, calibration.FIRST_JUDGED + 1, 504, "num_steps")
-    runs.check_range(args, 1000, 2**26, "eval_paths")
+    runs.check_range(args, 1000, 2**24, "eval_paths")
     runs.check_range(args, 1, 1024, "torch_threads")
     runs.check_name(args.exp_name)
     runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of exploration, validation and benchmark
+    own = args.smile not in smiles.NAMED
+    runs.check(own or args.smile_spot == 1.0, "--smile-spot is for a --smile from a CSV")
+    runs.check(own or not args.allow_arbitrage, "--allow-arbitrage is for a --smile from a CSV")
     if args.beside is not None:
         runs.check(args.task == "bermudan", "--beside is for --task bermudan")
-        runs.check((Path(args.beside) / "metrics.csv").is_file(), f"--beside is {args.beside} (a run folder)")
+        curve = runs.read_metrics(Path(args.beside) / "metrics.csv")
+        drawn = curve and "charts/bermudan_price" in curve[0]
+        runs.check(drawn, f"--beside is {args.beside} (the folder of a run with --task bermudan)")
     if args.evaluate is not None:
+        runs.check(args.beside is None, "--beside is for the figure of a training, not for --evaluate")
         return  # the rest is about training
+    runs.check(args.task == "local-vol" or not args.vega_weights, "--vega-weights is for --task local-vol")
     linear = args.interpolation == "linear"
     runs.check(not linear or args.state == "local", "--interpolation linear needs --state local (or nearest)")
     walks = args.action_map != "stochastic" or args.state != "local"
     runs.check(walks, "--action-map stochastic needs a --state with the last volatility (non-path-dependent)")
     runs.check_range(args, 100, 2**22, "num_players")
-    runs.check_range(args, 1, args.num_players, "num_basis")
+    runs.check_range(args, 2, args.num_players, "num_basis")
     runs.check_range(args, 1, 1024, "num_runs")
     common = args.common_random_numbers
     runs.check(
@@ -215,25 +222,24 @@ def validate(args: Args) -> None:
     runs.check_range(args, 0, math.inf, "vf_coef")
 
 
-def make_surface(args: Args) -> smiles.Surface:
-    """The smile that the flags name, or fitted to a CSV; data errors become usage errors."""
+def make_surface(args: Args) -> tuple[smiles.Surface, list[smiles.Fit]]:
+    """The smile that the flags name, or fitted to a CSV, and how well; data errors become usage errors."""
     if args.smile in smiles.NAMED:
-        return smiles.NAMED[args.smile]
+        return smiles.NAMED[args.smile], []
     names = ", ".join(smiles.NAMED)
     runs.check(Path(args.smile).is_file(), f"--smile is {args.smile!r} (one of {names}, or a CSV file)")
     try:
-        surface, fits = smiles.load(args.smile, args.smile_spot, args.allow_arbitrage)
+        return smiles.load(args.smile, args.smile_spot, args.allow_arbitrage)
     except ValueError as error:
         raise runs.UsageError(str(error)) from None
-    for fit in fits:
-        error = f"RMSE {fit.rmse:.2f}, at most {fit.worst:.2f} vol points"
-        print(f"SVI at {smiles.TRADING_DAYS * fit.maturity:.1f} days: {fit.num_quotes} quotes, {error}")
-    return surface
 
 
 def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> CalibrationGame:
     """The game to train in: the runs that explore, and one that follows the mean policy."""
-    num_steps = args.num_steps or min(51, calibration.last_day(surface))
+    last = calibration.last_day(surface)
+    shortest = calibration.FIRST_JUDGED + 1
+    runs.check(last >= shortest, f"--smile is {args.smile}, which ends after {last} days (at least {shortest})")
+    num_steps = args.num_steps or min(51, last)
     if args.evaluate is None:  # paths, volatilities, shocks, and what is made of them on the way
         num_bytes = 4 * 4 * num_steps * args.num_players * (args.num_runs + 1)
         runs.check_memory(num_bytes, device, f"--num-players {args.num_players} --num-runs {args.num_runs}")
@@ -289,10 +295,10 @@ class Agent(nn.Module):
 
 
 def interpolate_linear(basis: Tensor, noise: Tensor, points: Tensor) -> Tensor:
-    """Noise (R, n_p, size) of basis players at positions (R, n_p), piecewise linear at points (m,) → (R, m, size)."""
+    """Noise (R, n_p, size) of basis players at positions (R, n_p), piecewise linear at points (R, m) → (R, m, size)."""
     position, order = basis.sort(-1)
     noise = noise.gather(1, order[..., None].expand_as(noise))
-    right = torch.searchsorted(position, points.expand(len(basis), -1).contiguous()).clamp(1, basis.shape[1] - 1)
+    right = torch.searchsorted(position, points.contiguous()).clamp(1, basis.shape[1] - 1)
     left_position, right_position = position.gather(1, right - 1), position.gather(1, right)
     weight = ((points - left_position) / (right_position - left_position).clamp(min=1e-9)).clamp(0, 1)[..., None]
     index = right[..., None].expand(-1, -1, noise.shape[-1])
@@ -323,22 +329,21 @@ class Batch(NamedTuple):
     observations: Tensor
     actions: Tensor
     means: Tensor  # of the policy that acted
+    logstds: Tensor  # and its exploration's
     logprobs: Tensor
     advantages: Tensor
     returns: Tensor
 
 
 @torch.no_grad()
-def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Generator) -> tuple[Batch, Tensor]:
-    """Plays all runs once, with the basis players' exploration, and estimates their advantages.
-
-    Returns the batch and the errors (days, strikes), vol points, of the run that follows the mean policy.
-    """
+def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Generator) -> Batch:
+    """Plays all runs once, with the basis players' exploration, and estimates their advantages."""
     game.reset(generator)
     num_runs, n, size, std = args.num_runs, args.num_players, game.action_size, agent.actor_logstd.exp()
     first = calibration.EXERCISE_DAY if game.task == "bermudan" else 0  # before, nobody has a choice
     # Every step has basis players of its own, the same in all runs
-    basis = torch.randint(n, (game.num_steps, args.num_basis), generator=generator, device=game.device)
+    lots = torch.rand(game.num_steps, n, generator=generator, device=game.device)
+    basis = lots.topk(args.num_basis, dim=1).indices
     tables = marlvol.policy_tables(game, agent.actor_mean) if game.is_local else None
     steps = []
     for t in range(game.num_steps):
@@ -350,54 +355,49 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
         # At t = 0 all players are at the same state, so they have the same noise
         alike = t == 0 and args.basis_players
         noise = sample_noise(args, (1 if alike else args.num_basis, size), generator).expand(-1, args.num_basis, -1)
-        if tables is not None and args.basis_players:  # in one dimension means and noise are functions on the grid
-            nodes = game.grid.log_spot[t]
-            if args.interpolation == "linear":
-                spread = interpolate_linear(game.state.log_spot[:num_runs, players], noise, nodes)
-            else:
-                spots = game.state.log_spot[:num_runs, players, None]
-                spread = interpolate_nearest(spots, noise, nodes[:, None].expand(num_runs, -1, -1))
-            chosen = tables[t] + (std * torch.cat((spread, torch.zeros_like(spread[:1])))).transpose(1, 2)
-            rows = [game.grid.lookup(chosen[:, i], t, game.state.log_spot) for i in range(size)]
+        if tables is None:
+            actions = agent.actor_mean(game.observe())
+        else:  # in one dimension a look-up
+            rows = [game.grid.lookup(row[None], t, game.state.log_spot) for row in tables[t]]
             actions = torch.stack(rows, -1)
-            means = agent.actor_mean(seen)
+        if not args.basis_players:
+            spread = sample_noise(args, (n, size), generator)
+        elif args.interpolation == "linear":
+            log_spot = game.state.log_spot[:num_runs]
+            spread = interpolate_linear(log_spot[:, players], noise, log_spot)
         else:
-            observation = game.observe()
-            mean = agent.actor_mean(observation)
-            if args.basis_players:
-                spread = interpolate_nearest(seen, noise, observation[:num_runs])
-            else:
-                spread = sample_noise(args, (n, size), generator)
-            actions = mean.clone()
-            actions[:num_runs] += std * spread
-            means = mean[:num_runs, players]
+            spread = interpolate_nearest(seen, noise, game.observe()[:num_runs])
+        actions[:num_runs] += std * spread
+        means = agent.actor_mean(seen)
         chosen = means + std * noise
         actions[:num_runs, players] = chosen  # exactly
         game.step(actions)
         steps.append((seen, chosen, means))
     observations, actions, means = (torch.stack(column) for column in zip(*steps, strict=True))
-    errors = game.errors()
-    returns = rewards_to_go(game, args, errors, basis)[first:].expand(*observations.shape[:3])
+    returns = rewards_to_go(game, args, basis)[first:].expand(*observations.shape[:3])
     # The scale of rewards-to-go differs by orders of magnitude between the first day and the last
     returns = (returns - returns.mean((1, 2), keepdim=True)) / (returns.std((1, 2), keepdim=True) + 1e-12)
-    if args.common_random_numbers:  # the same player on the same increments: what the others did is the baseline
-        advantages = returns - returns.mean(1, keepdim=True)
+    if args.common_random_numbers:  # the same player on the same increments: what it earned in the other runs
+        # is the baseline; or in the mirror image alone, as what both earn (of second order) is of no direction
+        rivals = returns.unflatten(1, (2, -1)) if args.antithetic else returns[:, None]
+        mean = rivals.mean(1 if args.antithetic else 2, keepdim=True)
+        advantages = (rivals - mean).flatten(1, 2)
     else:
         advantages = returns - agent.critic(observations)[..., 0]
     advantages = advantages / (advantages.std((1, 2), keepdim=True) + 1e-12)
-    batch = (observations, actions, means, agent.log_prob(means, actions), advantages, returns)
-    return Batch(*(x.flatten(0, 2) for x in batch)), errors[-1]
+    logstds = agent.actor_logstd.clone().expand_as(actions)
+    batch = (observations, actions, means, logstds, agent.log_prob(means, actions), advantages, returns)
+    return Batch(*(x.flatten(0, 2) for x in batch))
 
 
-def rewards_to_go(game: CalibrationGame, args: Args, errors: Tensor, basis: Tensor) -> Tensor:
+def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
     """Sum of the rewards from each step on, (T, num_runs, num_basis), or (…, 1) where all players share it.
 
     Args:
-        errors: (R, days, strikes), vol points, the mean policy's run last.
         basis: (T, num_basis) players.
     """
-    num_runs = args.num_runs
-    shared = args.reward == "shared"
+    num_runs, shared = args.num_runs, args.reward == "shared"
+    errors = game.errors() if game.task == "local-vol" else None  # (R, days, strikes), the mean policy's run last
     if game.task == "local-vol" and shared:
         explored = errors[:num_runs]
         if args.common_random_numbers:
@@ -426,7 +426,9 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     ratio = (agent.log_prob(means, batch.actions) - batch.logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages).mean()
-    kl = 0.5 * ((means - batch.means) * (-agent.actor_logstd).exp()).square().sum(-1).mean()
+    new = torch.distributions.Normal(means, agent.actor_logstd.exp())
+    old = torch.distributions.Normal(batch.means, batch.logstds.exp())
+    kl = torch.distributions.kl_divergence(old, new).sum(-1).mean()
     value_loss = torch.zeros_like(kl)
     if not args.common_random_numbers:
         value_loss = 0.5 * (agent.critic(batch.observations)[:, 0] - batch.returns).square().mean()
@@ -494,6 +496,7 @@ def train(args: Args, game: CalibrationGame, run_dir: Path, device: torch.device
             content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
             content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
             content |= {"generator": runs.gather(generator.get_state()), "world_size": runs.world_size()}
+            content |= {"steps": iteration * batch_size, "surface": smiles.to_dict(game.surface)}
             content |= {"tracker": tracker.id if tracker else None}
             if iteration == args.num_iterations:  # for the other phases' --marlvol-checkpoint
                 content |= {"market": marlvol.export_market(game, agent.actor_mean)}
@@ -509,7 +512,7 @@ def train(args: Args, game: CalibrationGame, run_dir: Path, device: torch.device
     for iteration in range(first, args.num_iterations + 1):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
-        batch, _ = rollout(game, agent, args, generator)
+        batch = rollout(game, agent, args, generator)
         losses = update(agent, optimizer, batch, args, generator)
         clock_iterations += 1
         progress.update(batch_size)
@@ -549,7 +552,7 @@ def run_benchmark(args: Args, game: CalibrationGame, agent: Agent, steps: int, r
         settings |= {"k1": game.strike_t1, "k2": game.strike_t2}
         learnt = calibration.learnt_dependence(game, step)
         result = calibration.judge_bermudan(title, settings, game, models, paths, learnt)
-        settings["the mean of m bends at S_t1 ="] = learnt.kink
+        settings["the mean of ln m bends at S_t1 ="] = learnt.kink
         figures.bermudan_report(run_dir, title, result, learnt, args.beside)
     else:
         models[calibration.CONSTANT] = CalibrationGame.step_constant
@@ -602,7 +605,12 @@ def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
 
 
 def load_agent(args: Args, checkpoint: dict, game: CalibrationGame) -> Agent:
-    """The agent of a checkpoint, to be benchmarked on other paths or against another smile."""
+    """The agent of a checkpoint, to be benchmarked on other paths or against another smile, but in its own game."""
+    trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
+    for name in ("task", "state", "action_map"):
+        new, old = getattr(args, name), getattr(trained, name)
+        runs.check(new == old, f"--{name.replace('_', '-')} is {new}, but the agent was trained with {old}")
+    runs.check(type(checkpoint.get("steps")) is int, f"{args.evaluate}: does not fit this script, it has no steps")
     agent = Agent(game, args).to(game.device)
     try:
         agent.load_state_dict(checkpoint["agent"])
@@ -614,27 +622,31 @@ def load_agent(args: Args, checkpoint: dict, game: CalibrationGame) -> Agent:
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("rows", "optimizer", "generator", "world_size", "tracker")
+    resume_needs = ("rows", "optimizer", "generator", "world_size", "surface", "tracker")
     args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
     if args.preset in PRESETS and args.evaluate is None and args.resume is None:
         args = runs.parse_args(Args, argv, default=Args(**PRESETS[args.preset]))
     resolve(args)
     validate(args)
     torch.set_num_threads(args.torch_threads)
-    surface = make_surface(args)
+    surface, fits = make_surface(args)
+    if args.resume is not None and checkpoint is not None:
+        same = checkpoint["surface"] == smiles.to_dict(surface)
+        runs.check(same, f"{args.resume}: was calibrated to another smile than {args.smile} is now")
     device = runs.join_ranks(args.cuda)
     game = make_game(args, surface, device)
     name = f"{args.task}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
     run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     if args.evaluate is not None:
         agent = load_agent(args, checkpoint, game)
-        trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-        batch_size = game.num_steps * trained.num_runs * trained.num_players * checkpoint.get("world_size", 1)
-        steps = batch_size * checkpoint["iteration"]
+        steps = checkpoint["steps"]
     tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
     if args.resume is None:
         run_dir = runs.new_folder(run_dir)
         runs.write_json(run_dir / "args.json", asdict(args))
+    for fit in fits:
+        error = f"RMSE {fit.rmse:.2f}, at most {fit.worst:.2f} vol points"
+        print(f"SVI at {smiles.TRADING_DAYS * fit.maturity:.1f} days: {fit.num_quotes} quotes, {error}")
     players = f"{args.num_runs} × {args.num_players:,} players" if args.evaluate is None else "evaluation"
     print(f"{run_dir}: {args.smile}, {args.task} on {device}, {players}; errors in vol points, trading days")
     if args.evaluate is None:

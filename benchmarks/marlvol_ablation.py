@@ -17,13 +17,14 @@ from as_user import run_phase  # puts the root of the project on the path, too
 
 from envs import benchmark, runs
 
+DIFFERENCE = ["--reward", "difference"]
 VARIANTS = {
     "default (shared reward)": [],
-    "difference reward": ["--reward", "difference"],
+    "difference reward": DIFFERENCE,
     "common random numbers off": ["--no-common-random-numbers"],
     "antithetic exploration off": ["--no-antithetic"],
     "basis players off, shared reward": ["--no-basis-players"],
-    "basis players off, difference reward": ["--no-basis-players", "--reward", "difference"],
+    "basis players off, difference reward": ["--no-basis-players", *DIFFERENCE],
     "reference model off": ["--reference", "none"],
     "the paper's preset": ["--preset", "paper"],
 }

@@ -26,7 +26,7 @@ from scipy.optimize import brentq
 from envs import black_scholes
 from envs.benchmark import BENCHMARK_SEED, VALIDATION_SEED, Z95, Benchmark, Estimate
 from envs.dynamics import TRADING_DAYS
-from envs.smiles import VOL_POINT, Surface
+from envs.smiles import CALIBRATED, VOL_POINT, Surface
 
 Tensor = torch.Tensor
 DT = 1.0 / TRADING_DAYS
@@ -37,7 +37,7 @@ REFERENCES = ("local-vol", "black-scholes", "none")
 
 FIRST_DAY = 5  # one lognormal step has no skew, so the first days cannot be fitted
 FIRST_JUDGED = 21  # the benchmark's maturities: days 21 … num_steps
-STRIKES = torch.linspace(-2.5, 1.5, 11, dtype=torch.float64)  # in standard deviations √w(0, t) from the money
+STRIKES = torch.linspace(*CALIBRATED, 11, dtype=torch.float64)  # in standard deviations √w(0, t) from the money
 EXERCISE_DAY = 21  # t1 of the Bermudan; t2 is the last day
 NODES = 161  # of the grids of log-spots, ±8 standard deviations
 WIDTH = 8.0
@@ -127,8 +127,9 @@ class CalibrationGame:
     - stochastic, size 3: ln σ_{t+1} = ln σ_t + μδ + ηρ√δ Z_t + η√(1−ρ²)√δ Z⊥_t (9), with μ = 10a₀, η = 2e^{a₁} and
       ρ = tanh(a₂ − 1), annualised; the first volatility is the local one.
 
-    In the Bermudan task it is ln m that is chosen so, from day t1 on and within ±`MAX_LOG_MULTIPLIER` (by tanh);
-    before, the model is plain local volatility, and the continuation value at t1 depends on S_{t1} alone.
+    In the Bermudan task it is ln m that is chosen so, from day t1 on and within ±`MAX_LOG_MULTIPLIER` (by tanh; the
+    stochastic map is cut there); before, the model is plain local volatility, and the continuation value at t1 depends
+    on S_{t1} alone.
 
     Raises:
         ValueError: an unknown name, or more steps than the smile has days.
@@ -178,11 +179,12 @@ class CalibrationGame:
         days = torch.arange(FIRST_DAY, num_steps + 1)
         maturity = (days * DT)[:, None].double()
         log_strike = STRIKES * surface(0.0, maturity).w.sqrt()  # (days, strikes)
-        self.days, self.maturity, self.strike = days, maturity, log_strike.exp()
+        self.days, self.maturity, self.strike = days, maturity.to(device), log_strike.exp().to(device)
         self.is_call = self.strike >= 1.0  # out of the money
-        self.market_volatility = surface.implied_volatility(log_strike, maturity)
+        self.market_volatility = surface.implied_volatility(log_strike, maturity).to(device)
+        self.constant_volatility = float(judged(self.market_volatility).mean())  # of least square error
         one = torch.ones_like(self.strike)
-        vega = VOL_POINT * black_scholes.vega(one, self.strike, maturity, self.market_volatility)
+        vega = VOL_POINT * black_scholes.vega(one, self.strike, self.maturity, self.market_volatility)
         self.vega = vega = vega.clamp(min=1e-7)  # smaller only on a smile with arbitrage
         self.weights = vega / vega.mean(-1, keepdim=True) if vega_weights else torch.ones_like(vega)
         self.reference, self.regression = reference, regression
@@ -207,7 +209,7 @@ class CalibrationGame:
         """Expected errors (days, strikes) of the reference model, vol points; zero without one."""
         if self.reference == "local-vol":
             return dupire_errors(self)
-        known = self.reference_volatility if self.reference == "black-scholes" else self.market_volatility
+        known = self.constant_volatility if self.reference == "black-scholes" else self.market_volatility
         return (known - self.market_volatility) / VOL_POINT
 
     # The simulation
@@ -254,7 +256,6 @@ class CalibrationGame:
     def step(self, actions: Tensor) -> None:
         """The players' actions (R, n, size) become volatilities, and the spots move by a day."""
         t, a, chosen = self.t, actions.unbind(-1), self.state.log_volatility
-        bound = MAX_LOG_MULTIPLIER
         if self.action_map == "direct":
             chosen = following = a[0]
         elif self.action_map == "normal":
@@ -271,7 +272,11 @@ class CalibrationGame:
             log_volatility = self._local(t, self.state.log_spot).log()
             self.leverages.append(torch.ones_like(self.local_volatility[t]))
         else:
-            chosen, following = (bound * torch.tanh(x / bound) for x in (chosen, following))
+            bound = MAX_LOG_MULTIPLIER
+            if self.action_map == "stochastic":
+                chosen, following = chosen.clamp(-bound, bound), following.clamp(-bound, bound)
+            else:
+                chosen = following = bound * torch.tanh(chosen / bound)
             log_volatility = self._local(t, self.state.log_spot).log() + chosen - self._log_leverage(t, chosen)
         self.move(log_volatility, following)
 
@@ -297,9 +302,9 @@ class CalibrationGame:
         self.move(volatility.log(), torch.zeros_like(volatility))
 
     def step_constant(self) -> None:
-        """A step of the reference volatility instead."""
+        """A step of the best constant volatility instead."""
         zero = torch.zeros_like(self.state.log_spot)
-        self.move(zero + math.log(self.reference_volatility), zero)
+        self.move(zero + math.log(self.constant_volatility), zero)
 
     def move(self, log_volatility: Tensor, following: Tensor) -> None:
         """Moves the spots by a day at these volatilities (R, n), after (5)."""
@@ -316,7 +321,7 @@ class CalibrationGame:
         self.log_volatilities.append(log_volatility)
         if self.reference != "none":
             x = self.reference_log_spots[-1]
-            sigma = self._local(t, x) if self.reference == "local-vol" else self.reference_volatility
+            sigma = self._local(t, x) if self.reference == "local-vol" else self.constant_volatility
             self.reference_log_spots.append(x + sigma * (math.sqrt(DT) * self.shocks[t]) - (0.5 * DT) * sigma**2)
 
     # Prices and errors
@@ -336,10 +341,9 @@ class CalibrationGame:
 
         A price of 0, when nobody ended beyond a strike, has volatility 0.
         """
-        arguments = (1.0, self.strike, self.maturity, self.is_call)
-        arguments = tuple(x.to(prices.device) if isinstance(x, Tensor) else x for x in arguments)
-        volatility = black_scholes.implied_volatility(prices, *arguments, iterations=14)
-        return (volatility - self.market_volatility.to(prices.device)) / VOL_POINT
+        arguments = (prices, torch.ones_like(self.strike), self.strike, self.maturity, self.is_call)
+        volatility = black_scholes.implied_volatility(*arguments, iterations=14)
+        return (volatility - self.market_volatility) / VOL_POINT
 
     def errors(self) -> Tensor:
         """Calibration errors (R, days, strikes) of what was simulated, vol points; corrected by the reference model.
@@ -351,7 +355,7 @@ class CalibrationGame:
         if self.reference == "none":
             return errors
         sampled = self.volatility_errors(self.prices(self.reference_log_spots))
-        return errors - (sampled - self.reference_errors.to(errors.device))
+        return errors - (sampled - self.reference_errors)
 
     # Rewards. Whatever is common to all of the past is left out of a reward-to-go, which makes it telescope (8).
 
@@ -361,13 +365,14 @@ class CalibrationGame:
         minus the weighted mean square of their errors.
         """
         rewards = torch.zeros(len(errors), self.num_steps, device=errors.device, dtype=errors.dtype)
-        rewards[:, self.days - 1] = -(self.weights.to(errors.device) * errors.square()).mean(-1)
+        rewards[:, FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1)
         return rewards.float()
 
     def difference_rewards(self, errors: Tensor, log_spots: Tensor) -> Tensor:
         """Each path's first-order effect on the shared error: −Σ_m 2ω_m/M (IV_m − c_m)/vega_m · payoff_m(S).
 
-        A path is 1/n of the price, so this is n times the derivative of the shared reward with respect to its payoffs.
+        A path is 1/n of the price, so near the market, whose vega this takes, this is n times the derivative of the
+        shared reward with respect to its payoffs.
 
         Args:
             errors: (days, strikes), vol points.
@@ -376,8 +381,8 @@ class CalibrationGame:
         Returns:
             (T, …) rewards of every step, vol points².
         """
-        coefficient = (-2.0 * self.weights * errors.cpu() / self.strike.shape[1] / self.vega).to(log_spots)
-        spot = log_spots[self.days].exp()
+        coefficient = (-2.0 * self.weights * errors / self.strike.shape[1] / self.vega).to(log_spots)
+        spot = log_spots[FIRST_DAY:].exp()
         shape = (-1,) + (1,) * (spot.dim() - 1)
         paid = torch.zeros_like(spot)
         for j in range(self.strike.shape[1]):
@@ -439,7 +444,7 @@ def polynomial_regression(log_spot: Tensor, degree: int = 8) -> Regression:
 
 
 def knots_of(log_spot: Tensor, num_knots: int) -> Tensor:
-    """Quantiles (num_knots,) of log-spots, the extremes among them."""
+    """Quantiles (num_knots,) of log-spots, from the least to the largest; of a hundred thousand of them."""
     sample = log_spot.flatten().double()
     sample = sample[:: max(1, len(sample) // 100_000)]
     return torch.quantile(sample, torch.linspace(0, 1, num_knots, dtype=sample.dtype, device=sample.device))
@@ -470,14 +475,14 @@ REGRESSIONS = {"knots": knot_regression, "polynomial": polynomial_regression}
 def bermudan_strike(surface: Surface, t1: int, t2: int) -> float:
     """k2 such that the calls (t1, 1) and (t2, k2) are worth the same on the surface."""
     worth = float(surface.call_price(0.0, t1 * DT))
-    return math.exp(brentq(lambda k: float(surface.call_price(k, t2 * DT)) - worth, 0.0, 0.5))
+    return math.exp(brentq(lambda k: float(surface.call_price(k, t2 * DT)) - worth, 0.0, 5.0))
 
 
 def dupire_errors(game: CalibrationGame) -> Tensor:
     """Expected errors (days, strikes) of daily local volatility on that game's options, by `REFERENCE_PATHS`."""
     alone = game.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
     prices = average_prices(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED).mean(0)
-    return alone.volatility_errors(prices).cpu()
+    return alone.volatility_errors(prices)
 
 
 Step = Callable[[CalibrationGame], None]  # makes one step of a game for all players: a model
@@ -505,47 +510,46 @@ class Bermudan(NamedTuple):
 
     price: float  # out of sample: a lower bound
     price_in_sample: float  # biased upwards
-    european_t1: float
-    european_t2: float
+    floor: float  # the dearer of the two Europeans: no Bermudan is worth less
     switch_value: float
     switch_value_in_sample: float
-
-    @property
-    def floor(self) -> float:
-        """The dearer of the two Europeans: never below it."""
-        return max(self.european_t1, self.european_t2)
+    without: Tensor  # (chunks,) switch values without each of the chunks of paths, for the jackknife
 
 
 def bermudan(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Bermudan:
     """Price of the Bermudan, its exercise found on one half of the paths and priced on the other, and the reverse."""
-    spots_t1, spots_t2 = [], []
+    at_t1, at_t2 = [], []
     for chunk in range(max(2, num_paths // game.num_players)):
         play(game, step, seed + chunk)
-        spots_t1.append(game.log_spots[EXERCISE_DAY][0])
-        spots_t2.append(game.log_spots[-1][0])
-    half = len(spots_t1) // 2
-    prices, in_sample, europeans = [], [], []
+        at_t1.append(game.log_spots[EXERCISE_DAY][0])
+        at_t2.append(game.log_spots[-1][0])
+    at_t1, at_t2 = torch.stack(at_t1), torch.stack(at_t2)  # (chunks, n)
+    exercise = (at_t1.double().exp() - game.strike_t1).clamp(min=0)
+    continuation = (at_t2.double().exp() - game.strike_t2).clamp(min=0)
+    half = len(at_t1) // 2
+    paid, in_sample = torch.empty_like(exercise), torch.empty_like(exercise)
     for of_rule, of_price in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        knots = knots_of(at_t1[of_rule], NUM_KNOTS)
+        basis = hats(at_t1[of_rule].flatten(), knots)
+        coefficient = torch.linalg.lstsq(basis.T @ basis, basis.T @ continuation[of_rule].flatten()).solution
+        in_sample[of_rule] = torch.maximum(exercise[of_rule], (basis @ coefficient).view_as(exercise[of_rule]))
+        rule = hats(at_t1[of_price], knots) @ coefficient
+        paid[of_price] = torch.where(exercise[of_price] >= rule, exercise[of_price], continuation[of_price])
+    chunks = torch.stack([x.mean(-1) for x in (paid, in_sample, exercise, continuation)])  # (4, chunks)
 
-        def paid(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            x, y = torch.cat(spots_t1[part]), torch.cat(spots_t2[part])
-            return x, (x.double().exp() - game.strike_t1).clamp(min=0), (y.double().exp() - game.strike_t2).clamp(min=0)
+    def switch_values(prices: Tensor) -> Tensor:
+        """Prices (4, …) of the above → (2, …), out of sample and in it."""
+        worth = torch.cat((prices[:2], prices[2:].amax(0, keepdim=True)))
+        arguments = (torch.ones_like(worth), game.strike_t2, game.num_steps * DT)
+        volatility = black_scholes.implied_volatility(worth, *arguments) / VOL_POINT
+        return volatility[:2] - volatility[2]
 
-        x, exercise, continuation = paid(of_rule)
-        knots = knots_of(x, NUM_KNOTS)
-        basis = hats(x, knots)
-        coefficient = torch.linalg.lstsq(basis.T @ basis, basis.T @ continuation).solution
-        in_sample.append(torch.maximum(exercise, basis @ coefficient).mean())
-        x, exercise, continuation = paid(of_price)
-        rule = hats(x, knots) @ coefficient
-        prices.append(torch.where(exercise >= rule, exercise, continuation).mean())
-        europeans.append(torch.stack((exercise.mean(), continuation.mean())))
-    price, price_in_sample = torch.stack(prices).mean(), torch.stack(in_sample).mean()
-    european = torch.stack(europeans).mean(0)
-    worth = torch.stack((price, price_in_sample, european.max())).cpu()
-    volatility = black_scholes.implied_volatility(worth, 1.0, game.strike_t2, game.num_steps * DT) / VOL_POINT
-    switch = volatility[:2] - volatility[2]
-    return Bermudan(*map(float, (price, price_in_sample, *european, *switch)))
+    mean = chunks.mean(-1)
+    without = (chunks.sum(-1, keepdim=True) - chunks) / (chunks.shape[1] - 1)
+    price, price_in_sample, *europeans = mean.tolist()
+    return Bermudan(
+        price, price_in_sample, max(europeans), *switch_values(mean).tolist(), switch_values(without)[0].cpu()
+    )
 
 
 class Validation:
@@ -610,7 +614,7 @@ def calibrate(game: CalibrationGame, step: Step, num_paths: int) -> Calibration:
     prices = average_prices(alone, step, alone.num_players * NUM_CHUNKS, BENCHMARK_SEED)
     total = prices.sum(0)
     errors = alone.volatility_errors(total / NUM_CHUNKS)
-    return Calibration(errors, alone.volatility_errors((total - prices) / (NUM_CHUNKS - 1)))
+    return Calibration(errors.cpu(), alone.volatility_errors((total - prices) / (NUM_CHUNKS - 1)).cpu())
 
 
 def rmse(errors: Tensor) -> Tensor:
@@ -665,7 +669,7 @@ class Dependence(NamedTuple):
     Attributes:
         log_spot_t1, log_spot, log_multiplier, volatility: (steps, n) ln S_t1, ln S_t, ln m_t and the localised σ_t.
         slopes: of ln m on ln S_t1 and on ln S_t, by least squares, per standard deviation of each.
-        kink: S_t1 at which the mean of m, as two lines in ln S_t1, bends.
+        kink: S_t1 at which the mean of ln m, as two lines in ln S_t1, bends.
     """
 
     log_spot_t1: Tensor
@@ -688,7 +692,7 @@ def learnt_dependence(game: CalibrationGame, step: Step) -> Dependence:
         if t > EXERCISE_DAY:
             chosen = alone.state.log_volatility if alone.action_map != "stochastic" else before.log_volatility
             rows = (before.log_spot_t1, before.log_spot, chosen, alone.log_volatilities[-1].exp())
-            columns.append([x[0] for x in rows])
+            columns.append([x[0].cpu() for x in rows])
     at_t1, now, multiplier, volatility = (torch.stack(x) for x in zip(*columns, strict=True))
     x = torch.stack([(y - y.mean()) / y.std() for y in (at_t1.flatten(), now.flatten())], -1).double()
     y = (multiplier - multiplier.mean()).flatten().double()
@@ -708,7 +712,7 @@ def learnt_dependence(game: CalibrationGame, step: Step) -> Dependence:
 def judge_bermudan(
     title: str, settings: dict, game: CalibrationGame, steps: dict[str, Step], num_paths: int, learnt: Dependence
 ) -> Benchmark:
-    """The verdict on a Bermudan's model: the vanillas stay on the market, and the price never falls below the floor.
+    """The verdict on a Bermudan's model: the vanillas stay on the market, and the price is not below the floor.
 
     With a path-dependent state the switch value must be at most 30 % of plain local volatility's, the larger (in
     sample) estimate of ours against the smaller one of theirs, and volatility rise with S_t1 and fall with S_t. With
@@ -718,19 +722,24 @@ def judge_bermudan(
     Args:
         steps: AGENT and DUPIRE.
     """
-    rows = {}
+    rows, values = {}, {}
     chunk = game.like(num_players=num_paths // NUM_CHUNKS, num_runs=1, reference="none", common=True)
     for name, step in steps.items():
-        value = bermudan(chunk, step, chunk.num_players * NUM_CHUNKS, BENCHMARK_SEED)
-        values = {"price": 1e4 * value.price, "floor": 1e4 * value.floor}
+        values[name] = value = bermudan(chunk, step, chunk.num_players * NUM_CHUNKS, BENCHMARK_SEED)
+        prices = {"price": 1e4 * value.price, "floor": 1e4 * value.floor}
         switch = {key: getattr(value, key) for key in ("switch_value", "switch_value_in_sample")}
-        rows[name] = values | switch | _row(calibrate(game, step, num_paths).errors)
-    result = Benchmark(title, settings, rows, {}, columns=BERMUDAN_COLUMNS)
+        rows[name] = prices | switch | _row(calibrate(game, step, num_paths).errors)
+    mine, other = values[AGENT], values[DUPIRE]
+    saved = jackknife(other.switch_value - mine.switch_value, other.without - mine.without)
+    columns = {"columns": BERMUDAN_COLUMNS, "advantage_title": "its switch value − agent's [95 %]"}
+    result = Benchmark(title, settings, rows, {DUPIRE: saved}, **columns)
+    share = jackknife(mine.switch_value / other.switch_value, mine.without / other.without)
+    result.shares["switch value, of local volatility's"] = share
     ours, theirs = rows[AGENT], rows[DUPIRE]
     on_t1, on_now = learnt.slopes
     if game.state_kind == "path-dependent":
-        share = ours["switch_value_in_sample"] / theirs["switch_value"]
-        result.require("switch value at most 30 % of local volatility's", share <= 0.3, f"{100 * share:.1f} %")
+        upper = max(share.high, ours["switch_value_in_sample"] / theirs["switch_value"])
+        result.require("switch value at most 30 % of local volatility's", upper <= 0.3, f"at most {100 * upper:.1f} %")
         result.require("learnt volatility rises with S_t1", on_t1 > 0, f"ln m {on_t1:+.3f} per standard deviation")
         result.require("learnt volatility falls with S_t", on_now < 0, f"ln m {on_now:+.3f} per standard deviation")
     elif game.is_local:
@@ -741,6 +750,7 @@ def judge_bermudan(
     result.require(f"vanilla RMSE at most {MAX_VANILLA_RMSE}", ok, f"{ours['rmse']:.4f} vol points")
     above = ours["price"] - ours["floor"]
     result.require("not below the European floor", above >= 0, f"{above:+.3f} bp")
+    result.require(f"has {MIN_PATHS:,} paths or more", settings["paths"] >= MIN_PATHS, f"{settings['paths']:,}")
     return result
 
 

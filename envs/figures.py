@@ -589,11 +589,11 @@ def continuum_of_smiles(path: Path, game: CalibrationGame, played: Mapping[str, 
     """The market's smiles and the agent's, as the paper's figure 1; and the errors of agent and Dupire everywhere."""
     figure, panels = _new(1, 3, (17, 5), gridspec_kw={"width_ratios": (1.6, 1, 1)})
     days = game.days.tolist()
-    shown = [day for day in (7, 14, 21, 30, 40, game.num_steps) if day <= game.num_steps]
+    shown = sorted({day for day in (7, 14, 21, 30, 40, game.num_steps) if day <= game.num_steps})
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(shown)))
     for day, colour in zip(shown, colours, strict=True):
         i = days.index(day)
-        strike, market = game.strike[i].numpy(), 100 * game.market_volatility[i].numpy()
+        strike, market = game.strike[i].cpu().numpy(), 100 * game.market_volatility[i].cpu().numpy()
         panels[0].plot(strike, market, color=colour, label=f"day {day}")
         panels[0].plot(strike, market + played[AGENT_NAME].errors[i].numpy(), "o", color=colour, markersize=4)
         panels[0].plot(strike, market + played[DUPIRE].errors[i].numpy(), "x", color=colour, markersize=4, alpha=0.6)
@@ -603,9 +603,10 @@ def continuum_of_smiles(path: Path, game: CalibrationGame, played: Mapping[str, 
     panels[0].legend(ncols=2)
     for axes, name in zip(panels[1:], (AGENT_NAME, DUPIRE), strict=True):
         errors = played[name].errors.numpy()
-        extent = (float(STRIKES[0]), float(STRIKES[-1]), days[-1], days[0])
+        half = float(STRIKES[1] - STRIKES[0]) / 2  # of a cell
+        extent = (float(STRIKES[0]) - half, float(STRIKES[-1]) + half, days[-1] + 0.5, days[0] - 0.5)
         image = axes.imshow(errors, aspect="auto", extent=extent, cmap="RdBu", vmin=-0.4, vmax=0.4)
-        axes.axhline(FIRST_JUDGED, color="black", linewidth=0.8, linestyle="--")
+        axes.axhline(FIRST_JUDGED - 0.5, color="black", linewidth=0.8, linestyle="--")
         error = float(rmse(played[name].errors))
         axes.set(title=f"{name}\nRMSE {error:.3f} below the line", xlabel="ln(strike / spot) (standard deviations)")
         axes.grid(False)
@@ -677,7 +678,7 @@ def learnt_dependence(path: Path, learnt: Dependence, title: str) -> None:
             axis.set(xlabel=name, ylabel=label)
             if name == "ln S_t1":
                 axis.axvline(0.0, color=BASELINE, linestyle="--", label="k1")
-                axis.axvline(np.log(learnt.kink), color=OPTIMUM, linestyle=":", label="where the learnt mean bends")
+                axis.axvline(np.log(learnt.kink), color=OPTIMUM, linestyle=":", label="where the mean of ln m bends")
             axis.legend()
     figure.suptitle(f"{title}: what was learnt")
     figure.tight_layout()

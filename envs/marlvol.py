@@ -146,7 +146,34 @@ class Marlvol(Dynamics):
         self.steps_per_day = max(1, round(DT / dt))
         self.dt, self.last_step = DT / self.steps_per_day, game.num_steps * self.steps_per_day
         self.noise_size = 1 if game.action_map == "direct" else 2
+        self.log_spot = game.grid.log_spot.double()  # (days, nodes), for the tables of marks
+        if self.steps_per_day > 1:
+            self.projection = self._within_days(self.projection)
         self.known_smiles = {}  # tables of the options that have been marked
+
+    @torch.no_grad()
+    def _within_days(self, projection: Tensor) -> Tensor:
+        """√E[σ_t²|S_t] of every step (last_step, nodes), from that at the beginning of the days (days, nodes).
+
+        Within a day the volatility is that of its beginning, so what is expected of it given the spot since then is
+        found by particles, relative to what it would be at that spot.
+        """
+        generator = torch.Generator().manual_seed(PROJECTION_SEED)
+        noise = torch.randn(PARTICLES, self.last_step, self.noise_size, generator=generator)
+        spot, variance = self.simulate(noise, 1.0)
+        rows = []
+        for step in range(self.last_step):
+            day, first = step // self.steps_per_day, step % self.steps_per_day == 0
+            row = projection[day]
+            if day == 0:  # everybody began at S₀
+                row = row[len(row) // 2].expand_as(row)
+            elif not first:
+                log_spot = spot[None, :, step].log()
+                here = self.game.grid.lookup(row[None], day, log_spot)
+                ratio = variance[None, :, step] / here.square()
+                row = row * _fill(self.game.grid.conditional_mean(ratio, day, log_spot, empty=math.nan)[0]).sqrt()
+            rows.append(row)
+        return torch.stack(rows)
 
     @property
     def initial_variance(self) -> float:
@@ -161,7 +188,8 @@ class Marlvol(Dynamics):
 
     def typical_variance(self, step, spot):
         """E[σ_t²|S_t], of the Markovian projection."""
-        return self.lookup(self.projection, self.day(step), step, spot).square()
+        row = step.long().clamp(max=len(self.projection) - 1)
+        return self.lookup(self.projection, row, step, spot).square()
 
     def day(self, step: Tensor) -> Tensor:
         """Trading day (from 0, the last one at most) that a step belongs to."""
@@ -171,8 +199,8 @@ class Marlvol(Dynamics):
         """Rows of a table (rows, nodes) on the game's grid, at spots over the initial one; all broadcast."""
         row, step, log_spot = torch.broadcast_tensors(row.long(), step, spot.log())
         half = 0.5 * (table.shape[-1] - 1)
-        scale = self.game.grid.scale.to(log_spot)[self.day(step)]
-        u = (log_spot * (half / WIDTH / scale) + half).clamp(0, table.shape[-1] - 1.001)
+        width = self.log_spot[:, -1].to(log_spot)[self.day(step)]
+        u = (log_spot * (half / width) + half).clamp(0, table.shape[-1] - 1.001)
         node = u.long()
         table = table.to(log_spot)
         return torch.lerp(table[row, node], table[row, node + 1], u - node)
@@ -231,7 +259,7 @@ class CalibratedSmile(Smile):
                 dynamics.known_smiles[option] = implied_volatilities(dynamics, *option)
         tables = [dynamics.known_smiles[option] for option in options]
         self.tables = torch.stack([torch.cat((x, x[-1:].expand(steps - len(x), -1))) for x in tables])
-        spacing = (dynamics.game.grid.log_spot[:, 1] - dynamics.game.grid.log_spot[:, 0]).double()
+        spacing = dynamics.log_spot[:, 1] - dynamics.log_spot[:, 0]
         self.slopes = torch.gradient(self.tables, dim=-1)[0] / spacing[dynamics.day(torch.arange(steps))][:, None]
         self.tables, self.slopes = self.tables.to(strike), self.slopes.to(strike)
 
@@ -262,8 +290,8 @@ def implied_volatilities(dynamics: Marlvol, strike: float, expiry: int) -> Tenso
     at (t, x): one Black–Scholes step to expiry, then Gauss–Hermite on a grid of 1/250 of the last day's standard
     deviation. Where nothing is left to the option but rounding, the volatility of the nearest node at which there is.
     """
-    game, dt = dynamics.game, dynamics.dt
-    x = float(game.grid.scale[-1]) * torch.linspace(-WIDTH, WIDTH, int(500 * WIDTH) + 1, dtype=torch.float64)
+    dt = dynamics.dt
+    x = float(dynamics.log_spot[-1, -1]) * torch.linspace(-1, 1, int(500 * WIDTH) + 1, dtype=torch.float64)
     is_call = strike >= 1.0
     nodes, weights = np.polynomial.hermite_e.hermegauss(15)
     weights = weights / weights.sum()
@@ -271,7 +299,7 @@ def implied_volatilities(dynamics: Marlvol, strike: float, expiry: int) -> Tenso
     for t in reversed(range(expiry)):
         spot, left = x.exp(), (expiry - t) * dt
         step = torch.tensor(t)
-        volatility = dynamics.lookup(dynamics.projection.double(), dynamics.day(step), step, spot)
+        volatility = dynamics.typical_variance(step, spot).sqrt()
         if value is None:
             value = black_scholes.price(spot, strike, dt, volatility, is_call)
         else:
@@ -280,7 +308,7 @@ def implied_volatilities(dynamics: Marlvol, strike: float, expiry: int) -> Tenso
                 w * np.interp(mean + z * sd, x.numpy(), value.numpy()) for z, w in zip(nodes, weights, strict=True)
             )
             value = torch.from_numpy(value)
-        at = game.grid.log_spot[dynamics.day(step)].double()
+        at = dynamics.log_spot[dynamics.day(step)]
         price = torch.from_numpy(np.interp(at.numpy(), x.numpy(), value.numpy()))
         sign = 1.0 if is_call else -1.0
         time_value = price - (sign * (at.exp() - strike)).clamp(min=0)

@@ -26,6 +26,7 @@ from envs.dynamics import TRADING_DAYS
 Tensor = torch.Tensor
 VOL_POINT = 0.01
 LOW, HIGH = 0.01, 2.0  # volatilities beyond are no smile's
+CALIBRATED = (-2.5, 1.5)  # range of the strikes that are calibrated to, in standard deviations from the money
 
 
 def _double(x) -> Tensor:
@@ -365,7 +366,8 @@ def fit_svi(smile: Sequence[Quote], before: SVI | None = None) -> tuple[SVI, Fit
     k, t = np.log([q.strike for q in smile]), smile[0].maturity
     volatility = np.array([q.volatility for q in smile])
     w = volatility**2 * t
-    between = _double(np.linspace(k.min() - 0.1 * np.ptp(k), k.max() + 0.1 * np.ptp(k), 61))
+    low, high = (z * np.sqrt(np.interp(0.0, k, w)) for z in CALIBRATED)
+    between = _double(np.linspace(min(low, k.min()), max(high, k.max()), 81))
 
     def residuals(x: np.ndarray) -> np.ndarray:
         svi = SVI(*x)
@@ -410,7 +412,11 @@ def load(path: str, spot: float = 1.0, allow_arbitrage: bool = False) -> tuple[S
         fits.append(fit)
     maturities = [smile[0].maturity for smile in smiles]
     surface = Slices(maturities, slices)
-    grids = [np.linspace(np.log(smile[0].strike), np.log(smile[-1].strike), 101) for smile in smiles]
+    # Where there are quotes, and where the calibration looks if that is beyond
+    grids = []
+    for smile, svi in zip(smiles, slices, strict=True):
+        low, high = (z * math.sqrt(max(float(svi.total_variance(_double(0.0))[0]), 0.0)) for z in CALIBRATED)
+        grids.append(np.linspace(min(low, np.log(smile[0].strike)), max(high, np.log(smile[-1].strike)), 201))
     if not allow_arbitrage and (violations := find_arbitrage(surface, maturities, grids)):
         worst = violations[0]
         smile = smiles[maturities.index(worst.t)]

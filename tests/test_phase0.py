@@ -114,7 +114,7 @@ def test_basis_players_are_interpolated():
     basis = torch.tensor([[0.0, 2.0, 1.0]])
     noise = torch.tensor([[[1.0], [3.0], [-1.0]]])
     points = torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.75, 2.0, 9.0])
-    linear = phase0.interpolate_linear(basis, noise, points)[0, :, 0]
+    linear = phase0.interpolate_linear(basis, noise, points[None])[0, :, 0]
     assert linear.tolist() == [1.0, 1.0, 0.0, -1.0, 2.0, 3.0, 3.0]
     nearest = phase0.interpolate_nearest(basis[..., None], noise, points[None, :, None])[0, :, 0]
     assert nearest.tolist() == [1.0, 1.0, nearest[2].item(), -1.0, 3.0, 3.0, 3.0]
@@ -130,16 +130,21 @@ def test_rollout_is_what_it_says(task):
     phase0.resolve(args)
     game = phase0.make_game(args, smiles.NAMED["sp500-2018"], torch.device("cpu"))
     agent = phase0.Agent(game, args)
-    batch, errors = phase0.rollout(game, agent, args, torch.Generator().manual_seed(1))
+    played, step = [], game.step
+    game.step = lambda actions: (played.append(actions.clone()), step(actions))
+    batch = phase0.rollout(game, agent, args, torch.Generator().manual_seed(1))
     steps = 51 if task == "local-vol" else 51 - calibration.EXERCISE_DAY
-    assert errors.shape == (47, 11)
     assert batch.actions.shape == (steps * 4 * 20, 1)
     assert batch.observations.isfinite().all()
+    # what is learnt from is what was played
+    for t, (actions, recorded) in enumerate(zip(played[-steps:], batch.actions.view(steps, 4, 20), strict=True)):
+        assert all(torch.isin(recorded[b], actions[b]).all() for b in range(4)), t
     advantages = batch.advantages.view(steps, 4, 20)
     torch.testing.assert_close(advantages.mean(1), torch.zeros(steps, 20), atol=1e-4, rtol=0)
     noise = ((batch.actions - batch.means) / args.exploration_std).view(steps, 4, 20)
     torch.testing.assert_close(noise[:, :2], -noise[:, 2:], atol=2e-3, rtol=0)
     assert noise.std().item() == pytest.approx(1, abs=0.1)
+    game.step = step
     alone = game.like(num_runs=1)
     alone.start(game.shocks, None)
     for _ in range(51):
@@ -186,11 +191,19 @@ def test_killed_runs_resume_to_the_same_numbers(main, tmp_path):
 def test_evaluate_repeats_the_benchmark_and_takes_another_smile(main):
     folder = main(task="bermudan")
     again = main("--evaluate", folder)
-    rows = [json.loads((x / "benchmark.json").read_text())["rows"] for x in (folder, again)]
-    assert rows[0] == rows[1]
-    beside = main("--evaluate", folder, "--beside", folder)
-    assert json.loads((beside / "benchmark.json").read_text())["rows"] == rows[0]
+    results = [json.loads((x / "benchmark.json").read_text()) for x in (folder, again)]
+    assert results[0] == results[1]
+    beside = main("--beside", folder, task="bermudan")
+    assert json.loads((beside / "benchmark.json").read_text())["rows"] == results[0]["rows"]
     first = main()
+    for words, message in (
+        (["--task", "bermudan"], "--task is bermudan, but the agent was trained with local-vol"),
+        (["--task", "bermudan", "--beside", folder], "--beside is for the figure of a training"),
+    ):
+        with pytest.raises(runs.UsageError, match=message):
+            main("--evaluate", first, *words)
+    with pytest.raises(runs.UsageError, match=r"--beside is .* \(the folder of a run with --task bermudan\)"):
+        main("--beside", first, task="bermudan")
     other = main("--evaluate", first, "--smile", "sp500-2024")
     assert json.loads((other / "benchmark.json").read_text())["settings"]["days"] == 40
 
@@ -246,8 +259,10 @@ def test_preset_gives_way_to_other_flags(main):
         (["--num-steps", "60"], "--num-steps is 60 (at least 22, at most 51, the last maturity)"),
         (["--num-runs", "1"], "--num-runs is 1 (at least 2 with common random numbers)"),
         (["--num-runs", "5"], "--num-runs is 5 (even with --antithetic)"),
-        (["--num-basis", "0"], "--num-basis is 0 (at least 1"),
-        (["--num-basis", "20000"], "--num-basis is 20000 (at least 1, at most"),
+        (["--num-basis", "1"], "--num-basis is 1 (at least 2"),
+        (["--num-basis", "20000"], "--num-basis is 20000 (at least 2, at most"),
+        (["--allow-arbitrage"], "--allow-arbitrage is for a --smile from a CSV"),
+        (["--task", "bermudan", "--vega-weights"], "--vega-weights is for --task local-vol"),
         (["--num-players", "5"], "--num-players is 5 (at least 100"),
         (["--num-players", "4000000", "--num-runs", "1000"], "GiB free on cpu"),
         (["--exploration-std", "0"], "--exploration-std is 0.0 (more than 0)"),
@@ -258,6 +273,7 @@ def test_preset_gives_way_to_other_flags(main):
         (["--beside", "runs/x"], "--beside is for --task bermudan"),
         (["--preset", "fast"], "--preset is 'fast' (one of default, paper)"),
         (["--smile-spot", "0"], "--smile-spot is 0.0 (more than 0)"),
+        (["--smile-spot", "2"], "--smile-spot is for a --smile from a CSV"),
         (["--evaluate", "nowhere"], "nowhere: no such checkpoint"),
     ],
 )
