@@ -102,7 +102,7 @@ class Args:
     """n, trajectories of a run; in antithetic pairs"""
     num_runs: int = 10
     """B, runs side by side that explore; one more follows the mean policy"""
-    num_basis: int = 30
+    num_basis: int = 60
     """n_p, basis players drawn at every step: only they sample exploration and are learnt from"""
     basis_players: bool = True
     """interpolate the others' exploration from the basis players'; otherwise every player has its own"""
@@ -119,7 +119,7 @@ class Args:
 
     # The algorithm
     num_iterations: int | None = None
-    """rollouts, each followed by an update; by default 1,000, or 120 for bermudan, whose steps cost more"""
+    """rollouts, each followed by an update; by default 800, or 120 for bermudan, whose steps cost more"""
     learning_rate: float = 1e-2
     """learning rate of Adam"""
     anneal_lr: bool = True
@@ -166,7 +166,7 @@ PRESETS = {
 def resolve(args: Args) -> None:
     """Fills in what depends on the task or on another flag."""
     bermudan = args.task == "bermudan"
-    args.num_iterations = args.num_iterations or (120 if bermudan else 1000)
+    args.num_iterations = args.num_iterations or (120 if bermudan else 800)
     args.state = args.state or ("path-dependent" if bermudan else "local")
     args.interpolation = args.interpolation or ("linear" if args.state == "local" else "nearest")
 
