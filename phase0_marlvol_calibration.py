@@ -134,8 +134,8 @@ class Args:
     """the KL penalty's weight is adapted to this divergence an update"""
     vf_coef: float = 0.5
     """weight of the value loss, where the critic is the baseline (without common random numbers)"""
-    exploration_std: float = 0.1
-    """standard deviation of the exploration, in units of the action"""
+    exploration_std: float | None = None
+    """standard deviation of the exploration, in units of the action (ln σ); by default 0.1, or 0.3 for bermudan"""
     learn_std: bool = False
     """learn the exploration's standard deviation"""
     hidden_layers: int = 2
@@ -166,9 +166,13 @@ PRESETS = {
 def resolve(args: Args) -> None:
     """Fills in what depends on the task or on another flag."""
     bermudan = args.task == "bermudan"
-    args.num_iterations = args.num_iterations or (120 if bermudan else 800)
-    args.state = args.state or ("path-dependent" if bermudan else "local")
-    args.interpolation = args.interpolation or ("linear" if args.state == "local" else "nearest")
+    state = args.state or ("path-dependent" if bermudan else "local")
+    for field, value in (
+        ("state", state), ("interpolation", "linear" if state == "local" else "nearest"),
+        ("num_iterations", 120 if bermudan else 800), ("exploration_std", 0.3 if bermudan else 0.1),
+    ):  # fmt: skip
+        if getattr(args, field) is None:
+            setattr(args, field, value)
 
 
 def validate(args: Args) -> None:

@@ -96,14 +96,13 @@ class Grid:
         Guyon & Henry-Labordère (2012) with hat kernels: a player counts at the two nodes around it, in proportion.
         Where nobody is, the mean is `empty`.
         """
-        nodes = NODES
-        node, weight = self._place(t, log_spot, nodes)
-        node = node + nodes * torch.arange(len(values), device=node.device)[:, None]
-        total, count = (torch.zeros(len(values) * nodes, device=node.device) for _ in range(2))
+        node, weight = self._place(t, log_spot, NODES)
+        node = node + NODES * torch.arange(len(values), device=node.device)[:, None]
+        total, count = (torch.zeros(len(values) * NODES, device=node.device) for _ in range(2))
         for index, share in ((node, 1.0 - weight), (node + 1, weight)):
             total.scatter_add_(0, index.flatten(), (share * values).flatten())
             count.scatter_add_(0, index.flatten(), share.flatten())
-        return torch.where(count > 0, total / count.clamp(min=1e-9), empty).view(len(values), nodes)
+        return torch.where(count > 0, total / count.clamp(min=1e-9), empty).view(len(values), NODES)
 
 
 class CalibrationGame:
