@@ -552,18 +552,20 @@ def run_benchmark(args: Args, game: CalibrationGame, agent: Agent, steps: int, r
     title = f"Phase 0 ({args.smile}, {args.task}, {args.state})"
     step = agent.stepper(game)
     models = {calibration.AGENT: step, calibration.DUPIRE: CalibrationGame.step_dupire}
+    if args.task == "local-vol":
+        models[calibration.CONSTANT] = CalibrationGame.step_constant
+    played = {name: calibration.benchmark_paths(game, model, paths) for name, model in models.items()}
     if args.task == "bermudan":
         settings |= {"k1": game.strike_t1, "k2": game.strike_t2}
         learnt = calibration.learnt_dependence(game, step)
-        result = calibration.judge_bermudan(title, settings, game, models, paths, learnt)
+        result = calibration.judge_bermudan(title, settings, game, played, learnt)
         settings["the mean of ln m bends at S_t1 ="] = learnt.kink
         figures.bermudan_report(run_dir, title, result, learnt, args.beside)
     else:
-        models[calibration.CONSTANT] = CalibrationGame.step_constant
-        played = {name: calibration.calibrate(game, model, paths) for name, model in models.items()}
-        result = calibration.judge_smile(title, settings, played)
+        fits = {name: calibration.calibrate(game, of) for name, of in played.items()}
+        result = calibration.judge_smile(title, settings, fits)
         market = marlvol.Marlvol(marlvol.export_market(game, agent.actor_mean))
-        figures.calibration_report(run_dir, title, game, result, played, market)
+        figures.calibration_report(run_dir, title, game, result, fits, market)
     result.write(run_dir)
     return result
 

@@ -480,8 +480,8 @@ def bermudan_strike(surface: Surface, t1: int, t2: int) -> float:
 def dupire_errors(game: CalibrationGame) -> Tensor:
     """Expected errors (days, strikes) of daily local volatility on that game's options, by `REFERENCE_PATHS`."""
     alone = game.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
-    prices = average_prices(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED).mean(0)
-    return alone.volatility_errors(prices)
+    paths = sample(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED)
+    return alone.volatility_errors(paths.prices.mean(0))
 
 
 Step = Callable[[CalibrationGame], None]  # makes one step of a game for all players: a model
@@ -495,13 +495,21 @@ def play(game: CalibrationGame, step: Step, seed: int) -> None:
         step(game)
 
 
-def average_prices(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Tensor:
-    """Prices (chunks, days, strikes) over `num_paths` fresh paths, `num_players` at a time."""
-    prices = []
+class Paths(NamedTuple):
+    """What is needed of fresh paths, by chunks of as many as the game has players."""
+
+    prices: Tensor  # (chunks, days, strikes)
+    log_spot_t1: Tensor  # (chunks, n)
+    log_spot_t2: Tensor
+
+
+def sample(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Paths:
+    """Plays a model on `num_paths` fresh paths, `num_players` at a time."""
+    chunks = []
     for chunk in range(max(1, num_paths // game.num_players)):
         play(game, step, seed + chunk)
-        prices.append(game.prices(game.log_spots)[0])
-    return torch.stack(prices)
+        chunks.append((game.prices(game.log_spots)[0], game.log_spots[EXERCISE_DAY][0], game.log_spots[-1][0]))
+    return Paths(*(torch.stack(column) for column in zip(*chunks, strict=True)))
 
 
 class Bermudan(NamedTuple):
@@ -515,14 +523,9 @@ class Bermudan(NamedTuple):
     without: Tensor  # (chunks,) switch values without each of the chunks of paths, for the jackknife
 
 
-def bermudan(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Bermudan:
-    """Price of the Bermudan, its exercise found on one half of the paths and priced on the other, and the reverse."""
-    at_t1, at_t2 = [], []
-    for chunk in range(max(2, num_paths // game.num_players)):
-        play(game, step, seed + chunk)
-        at_t1.append(game.log_spots[EXERCISE_DAY][0])
-        at_t2.append(game.log_spots[-1][0])
-    at_t1, at_t2 = torch.stack(at_t1), torch.stack(at_t2)  # (chunks, n)
+def bermudan(game: CalibrationGame, paths: Paths) -> Bermudan:
+    """Price of the Bermudan, its exercise found on one half of the chunks and priced on the other, and the reverse."""
+    at_t1, at_t2 = paths.log_spot_t1, paths.log_spot_t2
     exercise = (at_t1.double().exp() - game.strike_t1).clamp(min=0)
     continuation = (at_t2.double().exp() - game.strike_t2).clamp(min=0)
     half = len(at_t1) // 2
@@ -563,7 +566,7 @@ class Validation:
     def __call__(self, step: Step) -> dict[str, float]:
         metrics = {}
         if self.game.task == "bermudan":
-            value = bermudan(self.game, step, VALIDATION_PATHS, VALIDATION_SEED)
+            value = bermudan(self.game, sample(self.game, step, VALIDATION_PATHS, VALIDATION_SEED))
             metrics["charts/bermudan_price"], metrics["charts/european_floor"] = value.price, value.floor
             metrics["charts/switch_value"] = value.switch_value
         play(self.game, step, VALIDATION_SEED)
@@ -607,13 +610,17 @@ class Calibration(NamedTuple):
     without: Tensor  # (chunks, days, strikes), for the jackknife
 
 
-def calibrate(game: CalibrationGame, step: Step, num_paths: int) -> Calibration:
-    """Prices a model on the benchmark's paths, which are the same for all models."""
+def benchmark_paths(game: CalibrationGame, step: Step, num_paths: int) -> Paths:
+    """The benchmark's paths under a model: the same Brownian increments for all."""
     alone = game.like(num_players=num_paths // NUM_CHUNKS, num_runs=1, reference="none", common=True)
-    prices = average_prices(alone, step, alone.num_players * NUM_CHUNKS, BENCHMARK_SEED)
-    total = prices.sum(0)
-    errors = alone.volatility_errors(total / NUM_CHUNKS)
-    return Calibration(errors.cpu(), alone.volatility_errors((total - prices) / (NUM_CHUNKS - 1)).cpu())
+    return sample(alone, step, alone.num_players * NUM_CHUNKS, BENCHMARK_SEED)
+
+
+def calibrate(game: CalibrationGame, paths: Paths) -> Calibration:
+    """Errors of a model's prices on its paths."""
+    chunks, total = len(paths.prices), paths.prices.sum(0)
+    without = game.volatility_errors((total - paths.prices) / (chunks - 1))
+    return Calibration(game.volatility_errors(total / chunks).cpu(), without.cpu())
 
 
 def rmse(errors: Tensor) -> Tensor:
@@ -709,7 +716,7 @@ def learnt_dependence(game: CalibrationGame, step: Step) -> Dependence:
 
 
 def judge_bermudan(
-    title: str, settings: dict, game: CalibrationGame, steps: dict[str, Step], num_paths: int, learnt: Dependence
+    title: str, settings: dict, game: CalibrationGame, played: dict[str, Paths], learnt: Dependence
 ) -> Benchmark:
     """The verdict on a Bermudan's model: the vanillas stay on the market, and the price is not below the floor.
 
@@ -719,15 +726,14 @@ def judge_bermudan(
     the way to it, or not: what was learnt is said, and no criterion.
 
     Args:
-        steps: AGENT and DUPIRE.
+        played: `benchmark_paths` of AGENT and DUPIRE.
     """
     rows, values = {}, {}
-    chunk = game.like(num_players=num_paths // NUM_CHUNKS, num_runs=1, reference="none", common=True)
-    for name, step in steps.items():
-        values[name] = value = bermudan(chunk, step, chunk.num_players * NUM_CHUNKS, BENCHMARK_SEED)
+    for name, of in played.items():
+        values[name] = value = bermudan(game, of)
         prices = {"price": 1e4 * value.price, "floor": 1e4 * value.floor}
         switch = {key: getattr(value, key) for key in ("switch_value", "switch_value_in_sample")}
-        rows[name] = prices | switch | _row(calibrate(game, step, num_paths).errors)
+        rows[name] = prices | switch | _row(calibrate(game, of).errors)
     mine, other = values[AGENT], values[DUPIRE]
     saved = jackknife(other.switch_value - mine.switch_value, other.without - mine.without)
     columns = {"columns": BERMUDAN_COLUMNS, "advantage_title": "its switch value − agent's [95 %]"}

@@ -612,7 +612,7 @@ def continuum_of_smiles(path: Path, game: CalibrationGame, played: Mapping[str, 
         axes.grid(False)
     panels[1].set_ylabel("maturity (trading days)")
     figure.colorbar(image, ax=panels[1:], label="model − market (vol points)")
-    figure.suptitle(f"{title}: the continuum of smiles")
+    figure.suptitle(f"{title}: the continuum of smiles", y=1.04)
     _save(figure, path)
 
 

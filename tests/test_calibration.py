@@ -158,7 +158,7 @@ def test_bermudan_of_local_volatility():
     """reference.md: switch value about 1.3 to 1.4 vol points; the fake cashflows telescope to the option's own."""
     game = CalibrationGame(SP500, 2**14, task="bermudan", state="path-dependent")
     assert game.strike_t2 == pytest.approx(1.013996, abs=2e-6)
-    value = calibration.bermudan(game, CalibrationGame.step_dupire, 2**17, 4)
+    value = calibration.bermudan(game, calibration.sample(game, CalibrationGame.step_dupire, 2**17, 4))
     assert 1.2 < value.switch_value < 1.45
     assert value.floor <= value.price <= value.price_in_sample + 2e-5
     assert value.floor == pytest.approx(0.0106646, rel=0.03)
@@ -199,7 +199,10 @@ def test_judged_smile():
         calibration.DUPIRE: CalibrationGame.step_dupire,
         calibration.CONSTANT: CalibrationGame.step_constant,
     }
-    outcome = {name: calibration.calibrate(game, step, 120_000) for name, step in steps.items()}
+    outcome = {
+        name: calibration.calibrate(game, calibration.benchmark_paths(game, step, 120_000))
+        for name, step in steps.items()
+    }
     result = calibration.judge_smile("smile", {"paths": 120_000}, outcome)
     assert result.advantages[calibration.DUPIRE].mean == 0
     assert result.rows[calibration.DUPIRE]["rmse"] < 0.2 < 3 < result.rows[calibration.CONSTANT]["rmse"]
