@@ -559,7 +559,7 @@ def run_benchmark(args: Args, game: CalibrationGame, agent: Agent, steps: int, r
         settings |= {"k1": game.strike_t1, "k2": game.strike_t2}
         learnt = calibration.learnt_dependence(game, step)
         result = calibration.judge_bermudan(title, settings, game, played, learnt)
-        settings["the mean of ln m bends at S_t1 ="] = learnt.kink
+        settings["mean localised volatility bends at S_t1 ="] = learnt.kink
         figures.bermudan_report(run_dir, title, result, learnt, args.beside)
     else:
         fits = {name: calibration.calibrate(game, of) for name, of in played.items()}

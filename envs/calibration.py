@@ -675,7 +675,7 @@ class Dependence(NamedTuple):
     Attributes:
         log_spot_t1, log_spot, log_multiplier, volatility: (steps, n) ln S_t1, ln S_t, ln m_t and the localised σ_t.
         slopes: of ln m on ln S_t1 and on ln S_t, by least squares, per standard deviation of each.
-        kink: S_t1 at which the mean of ln m, as two lines in ln S_t1, bends.
+        kink: S_t1 at which the mean localised volatility, as two lines in ln S_t1, bends; in the middle 80 % of paths.
     """
 
     log_spot_t1: Tensor
@@ -703,10 +703,12 @@ def learnt_dependence(game: CalibrationGame, step: Step) -> Dependence:
     x = torch.stack([(y - y.mean()) / y.std() for y in (at_t1.flatten(), now.flatten())], -1).double()
     y = (multiplier - multiplier.mean()).flatten().double()
     slopes = torch.linalg.solve(x.T @ x, x.T @ y)
-    # Two lines that meet: the knot with the least squares, between the 10th and the 90th percentile
-    u, mean = at_t1[0].double(), multiplier.double().mean(0)
+    # Two lines that meet: the knot with the least squares
+    u, mean = at_t1[0].double(), volatility.double().mean(0)
+    low, high = torch.quantile(u, torch.tensor([0.1, 0.9], dtype=u.dtype))
+    u, mean = (x[(u >= low) & (u <= high)] for x in (u, mean))
     errors = []
-    knots = torch.quantile(u, torch.linspace(0.1, 0.9, 81, dtype=torch.float64, device=u.device))
+    knots = torch.quantile(u, torch.linspace(0.1, 0.9, 81, dtype=u.dtype))
     for knot in knots:
         basis = torch.stack((torch.ones_like(u), u, (u - knot).clamp(min=0)), -1)
         fit = basis @ torch.linalg.solve(basis.T @ basis, basis.T @ mean)

@@ -678,7 +678,9 @@ def learnt_dependence(path: Path, learnt: Dependence, title: str) -> None:
             axis.set(xlabel=name, ylabel=label)
             if name == "ln S_t1":
                 axis.axvline(0.0, color=BASELINE, linestyle="--", label="k1")
-                axis.axvline(np.log(learnt.kink), color=OPTIMUM, linestyle=":", label="where the mean of ln m bends")
+                axis.axvline(
+                    np.log(learnt.kink), color=OPTIMUM, linestyle=":", label="where the mean localised volatility bends"
+                )
             axis.legend()
     figure.suptitle(f"{title}: what was learnt")
     figure.tight_layout()
