@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from conftest import PHASES
 
-from envs import HedgingEnv, baselines, benchmark, calibration, dynamics, marlvol, runs, smiles
+from envs import HedgingEnv, baselines, benchmark, calibration, dynamics, makers, marlvol, runs, smiles
 from envs.calibration import NODES, CalibrationGame
 
 SP500 = smiles.NAMED["sp500-2018"]
@@ -156,15 +157,28 @@ def checkpoint(tmp_path):
 
 
 def test_every_phase_trades_in_it(phase, checkpoint, tmp_path, monkeypatch, quick, capsys):
+    """Phase 1 from its training to its evaluation elsewhere; the others' markets, and the strongest classics there."""
     monkeypatch.chdir(tmp_path)
-    flags = phase.flags(iterations=4, dynamics="marlvol", marlvol_checkpoint=checkpoint, num_evaluations=1)
-    phase.module.main(flags)
-    assert "BENCHMARK" in capsys.readouterr().out
-    (folder,) = (tmp_path / "runs").iterdir()
-    if phase.module is not PHASES["phase1"].module:
-        return  # what follows is the same code in all of them
-    phase.module.main(["--resume", str(folder)])
-    phase.module.main(["--evaluate", str(folder), "--dynamics", "gbm"])
+    market = {"dynamics": "marlvol", "marlvol_checkpoint": str(checkpoint)}
+    if phase is PHASES["phase1"]:
+        phase.module.main(phase.flags(iterations=4, num_evaluations=1, **market))
+        assert "BENCHMARK" in capsys.readouterr().out
+        (folder,) = (tmp_path / "runs").iterdir()
+        phase.module.main(["--resume", str(folder)])
+        phase.module.main(["--evaluate", str(folder), "--dynamics", "gbm"])
+        return
+    args, device = phase.module.Args(num_steps=30, **market), torch.device("cpu")
+    model = phase.module.make_dynamics(args)
+    if phase is PHASES["phase2"]:
+        env = phase.module.make_env(args, model, 512, device)
+        policy = baselines.constant_band(env, 0.1, baselines.minimum_variance_delta(env))
+    else:
+        env = makers.against(phase.module.make_market(args, model, 512, device), (0.2, 0.8))
+        policy = baselines.minimum_variance_band(env.env, baselines.glft(env.env, 0.2, 0.8), 0.1)
+    env.reset(seed=1)
+    outcome = benchmark.play(env, policy)
+    assert all(np.isfinite(x).all() for x in outcome.values())
+    assert outcome["pnl"].mean() > -2
 
 
 def test_bad_markets_are_refused(phase, checkpoint, tmp_path, monkeypatch):
