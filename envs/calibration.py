@@ -180,6 +180,8 @@ class CalibrationGame:
         log_strike = STRIKES * surface(0.0, maturity).w.sqrt()  # (days, strikes)
         self.days, self.maturity, self.strike = days, maturity.to(device), log_strike.exp().to(device)
         self.is_call = self.strike >= 1.0  # out of the money
+        of_day = [list(zip(*row, strict=True)) for row in zip(self.strike.tolist(), self.is_call.tolist(), strict=True)]
+        self.options = list(zip(days.tolist(), of_day, strict=True))  # (day, [(strike, is_call), …]), on the host
         self.market_volatility = surface.implied_volatility(log_strike, maturity).to(device)
         self.constant_volatility = float(judged(self.market_volatility).mean())  # of least square error
         one = torch.ones_like(self.strike)
@@ -328,9 +330,8 @@ class CalibrationGame:
     def prices(self, log_spots: list[Tensor]) -> Tensor:
         """Monte Carlo prices (R, days, strikes) of the out-of-the-money options, float64."""
         columns = []
-        for day, strikes, calls in zip(self.days.tolist(), self.strike.tolist(), self.is_call.tolist(), strict=True):
+        for day, options in self.options:
             spot = log_spots[day].exp()
-            options = zip(strikes, calls, strict=True)
             payoffs = (((spot - k) if call else (k - spot)).clamp_(min=0).mean(-1) for k, call in options)
             columns.append(torch.stack(list(payoffs), -1))
         return torch.stack(columns, 1).double()
@@ -359,10 +360,8 @@ class CalibrationGame:
     # Rewards. Whatever is common to all of the past is left out of a reward-to-go, which makes it telescope (8).
 
     def shared_rewards(self, errors: Tensor) -> Tensor:
-        """Everybody's reward of every step (R, T), vol points²: the paper's (6) for the options that expire then,
-
-        minus the weighted mean square of their errors.
-        """
+        """Everybody's reward of every step (R, T), vol points²: minus the weighted mean square error of the options
+        that expire then, the paper's (6)."""
         rewards = torch.zeros(len(errors), self.num_steps, device=errors.device, dtype=errors.dtype)
         rewards[:, FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1)
         return rewards.float()
