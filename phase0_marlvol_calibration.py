@@ -492,6 +492,8 @@ def train(args: Args, game: CalibrationGame, run_dir: Path, device: torch.device
             first, rows = int(checkpoint["iteration"]) + 1, int(checkpoint["rows"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise runs.UsageError(f"{run_dir}: does not fit this script, or was made on another device") from None
+    if args.save_model and not game.is_local:
+        marlvol.layers_of(agent.actor_mean, game.observation_size)  # or it could not be saved in the end
     fields = (*COMMON_METRICS, *METRICS[args.task])
     metrics = runs.MetricsFile(run_dir / "metrics.csv", fields, resume_from=rows)
 

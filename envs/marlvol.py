@@ -56,6 +56,20 @@ def network(layers: Layers, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def layers_of(policy: torch.nn.Module, inputs: int) -> Layers:
+    """The layers of a policy, which `network` makes the same function again.
+
+    Raises:
+        ValueError: it is not linear layers with tanh between them.
+    """
+    layers = [(layer.weight, layer.bias) for layer in policy.modules() if isinstance(layer, torch.nn.Linear)]
+    x = torch.linspace(-2, 2, 100 * inputs, device=layers[0][0].device).view(100, inputs)
+    if not torch.allclose(network(layers, x), policy(x), atol=1e-4):
+        raise ValueError("this policy's network cannot be saved as a market: change marlvol.network with it")
+    return layers
+
+
+@torch.no_grad()
 def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     """All that makes a market of a calibrated policy: tensors, numbers and names, to be saved in a checkpoint.
 
@@ -64,14 +78,10 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     particles where they are not known.
 
     Raises:
-        ValueError: a policy of another state than (t, S) that is not linear layers with tanh between them.
+        ValueError: what `layers_of` raises, with another state than (t, S).
     """
     tables = policy_tables(game, policy) if game.is_local else None
-    layers = [(layer.weight, layer.bias) for layer in policy.modules() if isinstance(layer, torch.nn.Linear)]
-    if not game.is_local:
-        x = torch.linspace(-2, 2, 100 * game.observation_size, device=game.device).view(100, -1)
-        if not torch.allclose(network(layers, x), policy(x), atol=1e-4):
-            raise ValueError("this policy's network cannot be saved as a market: change marlvol.network with it")
+    layers = None if game.is_local else layers_of(policy, game.observation_size)
     leverage, projection = None, None
     if game.task == "bermudan" or not game.is_local:
         particles = game.like(num_players=PARTICLES, num_runs=1, reference="none", common=True)
@@ -96,7 +106,7 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
         "surface": smiles.to_dict(game.surface),
         "game": {name: game.settings[name] for name in names},
         "tables": None if tables is None else tables.cpu(),
-        "layers": None if game.is_local else [(weight.cpu(), bias.cpu()) for weight, bias in layers],
+        "layers": None if layers is None else [(weight.cpu(), bias.cpu()) for weight, bias in layers],
         "leverage": None if leverage is None else leverage.cpu(),
         "projection": projection.detach().cpu(),
     }
