@@ -157,6 +157,9 @@ class Marlvol(Dynamics):
         self.dt, self.last_step = DT / self.steps_per_day, game.num_steps * self.steps_per_day
         self.noise_size = 1 if game.action_map == "direct" else 2
         self.log_spot = game.grid.log_spot.double()  # (days, nodes), for the tables of marks
+        # Everybody begins at S₀, so what the policy would do elsewhere on the first day has no meaning
+        self.projection = self.projection.clone()
+        self.projection[0] = self.projection[0, NODES // 2]
         if self.steps_per_day > 1:
             self.projection = self._within_days(self.projection)
         self.known_smiles = {}  # tables of the options that have been marked
@@ -175,9 +178,7 @@ class Marlvol(Dynamics):
         for step in range(self.last_step):
             day, first = step // self.steps_per_day, step % self.steps_per_day == 0
             row = projection[day]
-            if day == 0:  # everybody began at S₀
-                row = row[len(row) // 2].expand_as(row)
-            elif not first:
+            if day > 0 and not first:
                 log_spot = spot[None, :, step].log()
                 here = self.game.grid.lookup(row[None], day, log_spot)
                 ratio = variance[None, :, step] / here.square()
