@@ -369,7 +369,9 @@ def learnt_quotes(path: Path, contest: Contest, colours: Mapping[str, str], titl
         times.plot(days.cpu(), spread, color=colour, label=name)
         observation = moving.observe_at(steps // 2)
         implied = 100 * REFERENCE_VOLATILITY * observation[:, 3].exp()
-        volatilities.plot(implied.cpu(), policies[name](observation)[:, 0].cpu(), color=colour, label=name)
+        marker = "o" if implied.std() < 1e-3 else ""  # on a calibrated smile it is the spot's, which stands still here
+        spreads = policies[name](observation)[:, 0].cpu()
+        volatilities.plot(implied.cpu(), spreads, marker=marker, color=colour, label=name)
     times.set(title="half-spread without inventory", xlabel="step", ylabel="half-spread (vol points)")
     volatilities.set(title="the same at half-time", xlabel="implied volatility (%)", ylabel="half-spread (vol points)")
     for axis in (skews, times, volatilities):
