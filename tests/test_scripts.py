@@ -30,8 +30,8 @@ def main(phase, tmp_path, monkeypatch):
     return lambda *flags: phase.module.main([str(flag) for flag in flags])
 
 
-# Every model in every phase, but for merton in 2 and 4, for garch where `test_evaluate_on_the_real_sp500` trains in it, and
-# for marlvol, which has tests of its own
+# Every model in every phase, but for merton in 2 and 4, for garch where `test_evaluate_on_the_real_sp500` trains in
+# it, and for marlvol, which has tests of its own
 MODELS_OF = {
     "phase1": ("gbm", "garch", "heston", "merton"),
     "phase2": ("gbm", "heston"),
