@@ -166,6 +166,7 @@ def test_after_trade_is_what_step_does(make_env):
             torch.testing.assert_close(cost, info["cost"], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_free_trading_loses_nothing_on_average_and_fine_hedging_replicates():
     """Zero cost: whatever is traded, the mean P&L is zero; and the hedging error falls like √Δt."""
     env = HedgingEnv(30_000, cost_rate=0.0, dtype=F64)

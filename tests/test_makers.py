@@ -212,6 +212,7 @@ def test_dynamic_programming_predicts_its_value_where_its_assumptions_hold():
     assert played.mean() == pytest.approx(policy.value, rel=0.03)
 
 
+@pytest.mark.slow
 def test_tuning_is_repeatable_and_beats_its_neighbours():
     market = QuotingEnv(32, num_steps=4, expiry=8)
     tuned = makers.classical_makers(market)

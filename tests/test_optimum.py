@@ -96,7 +96,7 @@ def test_others_are_refused(refused):
 # reference.md, positions limited to ±8: cost_rate, risk_aversion, arrival_rate → Black–Scholes delta, exact optimum,
 # and the tuned width of the constant band with the share of the gap that it closes
 ORDERS = [
-    (1e-3, 0.1, 0.25, -1.102, -0.856, 0.3, 0.86),
+    pytest.param(1e-3, 0.1, 0.25, -1.102, -0.856, 0.3, 0.86, marks=pytest.mark.slow),
     (1e-3, 1.0, 0.25, -1.870, -1.822, 0.05, 0.94),
     (5e-4, 0.1, 0.5, -0.889, -0.785, 0.2, 0.90),
 ]
@@ -133,6 +133,7 @@ def test_reference_table_with_client_orders(cost_rate, risk_aversion, rate, blac
     assert closed.mean == pytest.approx(share, abs=tolerance + 3 * closed.se)
 
 
+@pytest.mark.slow
 def test_nothing_beats_the_optimum_with_client_orders():
     env = one_call(30_000)
     env.reset(seed=1)
@@ -151,6 +152,7 @@ def test_nothing_beats_the_optimum_with_client_orders():
         assert worse.mean > 2 * worse.se
 
 
+@pytest.mark.slow
 def test_prediction_of_short_horizons_and_large_orders():
     env = one_call(100_000, options=[(100.0, 10)], num_steps=10, arrival_rate=0.5, mean_order_size=2.5)
     env.reset(seed=2)

@@ -142,6 +142,7 @@ def test_three_makers_and_privileged_observation(run):
     assert 0.05 < share < 0.8
 
 
+@pytest.mark.slow
 def test_against_another_rival(run):
     trained = run(*PHASE.flags())
     known = json.loads((trained / "benchmark.json").read_text())["settings"]["rival: parameters"]

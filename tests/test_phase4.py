@@ -195,6 +195,7 @@ def test_a_best_response_exploits_a_bad_policy(tmp_path):
     assert response.policy(observation)[:, 0].mean() < 0.9 * agent.policy(observation)[:, 0].mean()
 
 
+@pytest.mark.slow
 def test_guests_join_cross_play_and_pool(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     phase4.main(PHASE.flags(iterations=4, eval_episodes=64))
