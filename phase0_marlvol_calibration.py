@@ -359,11 +359,7 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
         # At t = 0 all players are at the same state, so they have the same noise
         alike = t == 0 and args.basis_players
         noise = sample_noise(args, (1 if alike else args.num_basis, size), generator).expand(-1, args.num_basis, -1)
-        if tables is None:
-            actions = agent.actor_mean(game.observe())
-        else:  # in one dimension a look-up
-            rows = [game.grid.lookup(row[None], t, game.state.log_spot) for row in tables[t]]
-            actions = torch.stack(rows, -1)
+        actions = marlvol.mean_actions(game, agent.actor_mean, tables)
         if not args.basis_players:
             spread = sample_noise(args, (n, size), generator)
         elif args.interpolation == "linear":

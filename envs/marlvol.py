@@ -30,19 +30,18 @@ def policy_tables(game: CalibrationGame, policy: Policy) -> Tensor:
     return policy(torch.stack(features)).transpose(1, 2)
 
 
-def policy_step(policy: Policy | None, tables: Tensor | None) -> calibration.Step:
-    """The mean policy as a step of a game: by its tables (see `policy_tables`) where there are any.
+def mean_actions(game: CalibrationGame, policy: Policy, tables: Tensor | None) -> Tensor:
+    """The policy's actions (R, n, size) in the game's state: by its tables (see `policy_tables`) where there are any.
 
     In one dimension a look-up is faster than a network, and the same for a player whoever else there is."""
+    if tables is None:
+        return policy(game.observe())
+    return torch.stack([game.grid.lookup(row[None], game.t, game.state.log_spot) for row in tables[game.t]], -1)
 
-    def step(game: CalibrationGame) -> None:
-        if tables is None:
-            game.step(policy(game.observe()))
-        else:
-            rows = [game.grid.lookup(row[None], game.t, game.state.log_spot) for row in tables[game.t]]
-            game.step(torch.stack(rows, -1))
 
-    return step
+def policy_step(policy: Policy, tables: Tensor | None) -> calibration.Step:
+    """The mean policy as a step of a game."""
+    return lambda game: game.step(mean_actions(game, policy, tables))
 
 
 Layers = list[tuple[Tensor, Tensor]]  # weights and biases of a network with tanh between its layers

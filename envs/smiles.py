@@ -42,6 +42,14 @@ class TotalVariance(NamedTuple):
     dt: Tensor
 
 
+def density_factor(k: Tensor, w: Tensor, dk: Tensor, dkk: Tensor) -> Tensor:
+    """g = (1 − kw'/2w)² − w'²/4 (1/w + ¼) + w''/2, the risk-neutral density over Black–Scholes' at the same w.
+
+    Where it is negative a butterfly has a negative price (Gatheral & Jacquier 2014, eq. 2.1).
+    """
+    return (1.0 - 0.5 * k * dk / w) ** 2 - 0.25 * dk**2 * (1.0 / w + 0.25) + 0.5 * dkk
+
+
 class Surface:
     """Base class: total implied variance of any log-moneyness k and maturity t (years, > 0)."""
 
@@ -65,12 +73,9 @@ class Surface:
         return black_scholes.price(torch.ones_like(k), k.exp(), _double(t), self.implied_volatility(k, t))
 
     def density_factor(self, k, t) -> Tensor:
-        """g = (1 − kw'/2w)² − w'²/4 (1/w + ¼) + w''/2, the risk-neutral density over Black–Scholes' at the same w.
-
-        Where it is negative a butterfly has a negative price (Gatheral & Jacquier 2014, eq. 2.1).
-        """
-        k, v = _double(k), self(k, t)
-        return (1.0 - 0.5 * k * v.dk / v.w) ** 2 - 0.25 * v.dk**2 * (1.0 / v.w + 0.25) + 0.5 * v.dkk
+        """`density_factor` of numbers or tensors that broadcast."""
+        v = self(k, t)
+        return density_factor(_double(k), v.w, v.dk, v.dkk)
 
     def local_volatility(self, k, t) -> Tensor:
         """Dupire's σ(t, S₀e^k) = √(∂w/∂t / g), annualised (Gatheral 2006, eq. 1.10).
@@ -374,9 +379,7 @@ def fit_svi(smile: Sequence[Quote], before: SVI | None = None) -> tuple[SVI, Fit
         fitted = np.sqrt(np.maximum(svi.total_variance(k)[0], 1e-12) / t)
         w_between, slope, curvature = svi.total_variance(between)
         w_between = w_between.clamp(min=1e-12)
-        density = (1.0 - 0.5 * between * slope / w_between) ** 2
-        density = density - 0.25 * slope**2 * (1.0 / w_between + 0.25) + 0.5 * curvature
-        butterfly = (0.01 - density).clamp(min=0)
+        butterfly = (0.01 - density_factor(between, w_between, slope, curvature)).clamp(min=0)
         rise = w_between - (before.total_variance(between)[0] if before is not None else 0.0)
         calendar = (1e-6 - rise).clamp(min=0) / float(w.mean())
         error = (fitted - volatility) / VOL_POINT
