@@ -1,32 +1,45 @@
 """Phase 2: hedge a book of options fed by Poisson client orders, learned with SAC and measured against the classics.
 
 Clients buy and sell calls and puts of several strikes and expiries at given prices; the agent hedges the book's delta
-once a day at a proportional cost. Its action is a no-trade band around the Black–Scholes delta. CleanRL's SAC, batched:
-whole episodes of every environment go into a replay buffer on the device, then come the updates. All the finance is in
-envs/; copy this file, change thirty lines, run it.
+once a day at a proportional cost. Its action is a no-trade band around the Black–Scholes delta. The algorithm is
+CleanRL's SAC, batched: whole episodes of every environment go into a replay buffer on the device, then come the
+updates. All the finance is in envs/. Copy this file, change thirty lines, run it.
 """
 
 import copy
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
-from envs import HedgingEnv, baselines, benchmark, dynamics, figures, hedging, runs
+from envs import HedgingEnv
+from envs.baselines.hedgers import black_scholes_delta, constant_band, minimum_variance_delta
+from envs.benchmark import bars
+from envs.benchmark.contest import play, tune
+from envs.benchmark.hedging import hedging_benchmark, hedging_validation
+from envs.figures.hedging import hedging_report
+from envs.market.dynamics import Dynamics
+from envs.market.hedging import NET_DELTA, option_grid, with_net_delta
+from envs.models import ModelArgs, check_unseen, make_model
+from envs.run.args import BatchedRunArgs, check_range
+from envs.run.errors import check
+from envs.run.files import check_memory
+from envs.run.ranks import world_size
+from envs.run.run import Run, run_main
+from envs.run.seeds import EXPLORATION_SEED, SCALE_SEED
 
 Tensor = torch.Tensor
 PHASE = "phase2"  # a checkpoint is only loaded into the phase that wrote it
-EXPLORATION_SEED = 4_000_000  # added to --seed, which itself seeds the market and stays below a million
+QUICK = {"total_timesteps": 500_000, "eval_episodes": 8192, "num_evaluations": 8}  # the flags that --quick sets
 
 
 @dataclass
-class Args:
+class Args(ModelArgs, BatchedRunArgs):
     """Phase 2: train a SAC agent to hedge a book of options fed by client orders, then benchmark it.
 
     Client orders arrive as a Poisson process on every option and side: puts below the spot, calls from there up, five
@@ -50,40 +63,8 @@ class Args:
 
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's name"""
-    seed: int = 1
-    """seed of the run; the same seed gives the same numbers, bitwise, on the same machine"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    torch_threads: int = 1
-    """CPU threads of torch; these small networks are fastest on one"""
-    track: bool = False
-    """log to Weights & Biases (WANDB_MODE=offline works without an account)"""
-    wandb_project_name: str = "option-market-making"
-    """the W&B project"""
-    wandb_entity: str | None = None
-    """the W&B entity (team); your own account by default"""
-    save_model: bool = True
-    """write checkpoint.pt, which --resume and --evaluate need"""
-    evaluate: str | None = None
-    """CHECKPOINT or run folder: no training, only the benchmark; market flags may differ from those trained with"""
-    resume: str | None = None
-    """run folder: continue it to exactly the numbers of an uninterrupted run"""
-    compile: bool = False
-    """compile the loss with torch.compile (needs a C++ compiler; worth it on long runs)"""
-    cudagraphs: bool = False
-    """capture rollout and update as one CUDA graph (GPU only), for the launches that dominate with few environments"""
 
     # The market
-    dynamics: str = "gbm"
-    """model of the underlying: gbm, garch, heston, merton, marlvol; historical (real closes) with --evaluate only"""
-    volatility: float = 0.2
-    """annualised volatility of gbm, a decimal"""
-    history: str | None = None
-    """CSV with columns date and close for garch and historical; the S&P 500 of 1999–2018 by default"""
-    history_end: str | None = None
-    """YYYY-MM-DD: garch is fitted on closes up to this day, historical replays the closes after it"""
-    marlvol_checkpoint: str | None = None
-    """run folder or checkpoint of phase 0, whose market marlvol is"""
     num_steps: int = 30
     """trading days in an episode"""
     num_strikes: int = 5
@@ -144,85 +125,55 @@ class Args:
     """training rewards have the unit in which Black–Scholes hedging costs this much in an episode, on average"""
 
     # The benchmark
-    num_evaluations: int = 20
-    """how often in the run the policy is evaluated, logged and saved"""
     eval_episodes: int = 65_536
     """episodes of the final benchmark (with historical: all the windows there are)"""
 
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work."""
+        super().check()
+        check_range(self, 0, 0.5, "cost_rate")
+        check_range(self, 0, 1e6, "risk_aversion")
+        self.check_book()
+        check_range(self, 2, 2**26, "eval_episodes")
+        check_range(self, 1, 4096, "hidden_size")
+        if self.trains:
+            check_range(self, 0, math.inf, "learning_rate", "reward_scale", "alpha", open_low=True)
+            check_range(self, 0, 1, "gamma")
+            check_range(self, 0, 1, "tau", "average", open_low=True)
+            check_range(self, 0, 1, "random_share")
+            check_range(self, -1000, 1.38, "target_entropy")  # 2 ln 2 is that of uniform actions
+            check_range(self, 1, 2**20, "batch_size")
+            check_range(self, max(self.batch_size, self.num_envs * self.num_steps), 10**10, "buffer_size")
+            check_range(self, 0, 64, "utd", open_low=True)
+            check_range(self, 0, self.total_timesteps, "learning_starts")
+            check(world_size() == 1, "torchrun trains phases 1, 3 and 4; this one learns in one process")
 
-def validate(args: Args) -> None:
-    """Raises UsageError for the first argument that cannot work."""
-    names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
-    hint = "" if args.evaluate else "; historical with --evaluate"
-    runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
-    market, calibrated = args.marlvol_checkpoint, args.dynamics == "marlvol"
-    runs.check(market or not calibrated, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0")
-    runs.check(calibrated or not market or args.evaluate, "--marlvol-checkpoint needs --dynamics marlvol")
-    runs.check_range(args, 1e-3, 10, "volatility")
-    runs.check_range(args, 0, 0.5, "cost_rate")
-    runs.check_range(args, 0, 1e6, "risk_aversion")
-    runs.check_range(args, 1, 2520, "num_steps")
-    most = 3 / math.sqrt(args.num_steps / 252)  # beyond, the spot is as good as zero at the end
-    runs.check(args.volatility <= most, f"--volatility is {args.volatility} (at most {most:.2g} over --num-steps)")
-    runs.check_range(args, 1, 101, "num_strikes")
-    runs.check_range(args, 0.01, 50, "strike_spacing")
-    runs.check_range(args, 0, 10, "arrival_rate", open_low=True)
-    runs.check_range(args, 1, 100, "mean_order_size")
-    runs.check_range(args, 0, 100, "client_spread")
-    lowest = 100.0 - args.strike_spacing * (args.num_strikes - 1) / 2
-    runs.check(lowest > 0, f"--strike-spacing is {args.strike_spacing} (the lowest strike would be {lowest:g})")
-    increasing = all(a < b for a, b in pairwise(args.expiries))
-    runs.check(
-        increasing and args.expiries != () and args.expiries[0] >= 1 and args.expiries[-1] == args.num_steps,
-        f"--expiries is {' '.join(map(str, args.expiries)) or 'empty'} (increasing days from 1 to --num-steps = "
-        f"{args.num_steps}, which is the last)",
-    )
-    options = args.num_strikes * len(args.expiries)
-    runs.check(options <= 100, f"--num-strikes × --expiries are {options} options (at most 100)")
-    runs.check_range(args, 2, 2**26, "eval_episodes")
-    runs.check_range(args, 1, 1024, "torch_threads")
-    runs.check_range(args, 1, 4096, "hidden_size")
-    runs.check_name(args.exp_name)
-    if args.evaluate is not None:
-        return  # the rest is about training
-    fitted = args.dynamics == "garch"
-    runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
-    runs.check_range(args, 0, math.inf, "learning_rate", "reward_scale", "alpha", open_low=True)
-    runs.check_range(args, 0, 1, "gamma")
-    runs.check_range(args, 0, 1, "tau", "average", open_low=True)
-    runs.check_range(args, 0, 1, "random_share")
-    runs.check_range(args, -1000, 1.38, "target_entropy")  # 2 ln 2 is that of uniform actions
-    runs.check_range(args, 1, 2**20, "num_envs", "batch_size", "num_evaluations")
-    runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
-    episode = args.num_envs * args.num_steps
-    runs.check_range(args, episode, 10**12, "total_timesteps")
-    runs.check_range(args, max(args.batch_size, episode), 10**10, "buffer_size")
-    runs.check_range(args, 0, 64, "utd", open_low=True)
-    runs.check_range(args, 0, args.total_timesteps, "learning_starts")
-    runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
-    runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
-    runs.check(runs.world_size() == 1, "torchrun trains phases 1, 3 and 4; this one learns in one process")
+    def check_book(self) -> None:
+        """Raises UsageError for the first flag of the book that cannot work."""
+        check_range(self, 1, 101, "num_strikes")
+        check_range(self, 0.01, 50, "strike_spacing")
+        check_range(self, 0, 10, "arrival_rate", open_low=True)
+        check_range(self, 1, 100, "mean_order_size")
+        check_range(self, 0, 100, "client_spread")
+        lowest = 100.0 - self.strike_spacing * (self.num_strikes - 1) / 2
+        check(lowest > 0, f"--strike-spacing is {self.strike_spacing} (the lowest strike would be {lowest:g})")
+        increasing = all(a < b for a, b in pairwise(self.expiries))
+        check(
+            increasing and self.expiries != () and self.expiries[0] >= 1 and self.expiries[-1] == self.num_steps,
+            f"--expiries is {' '.join(map(str, self.expiries)) or 'empty'} (increasing days from 1 to --num-steps = "
+            f"{self.num_steps}, which is the last)",
+        )
+        options = self.num_strikes * len(self.expiries)
+        check(options <= 100, f"--num-strikes × --expiries are {options} options (at most 100)")
 
 
-def make_dynamics(args: Args) -> dynamics.Dynamics:
-    """The model of the underlying that the flags describe; data errors become usage errors."""
-    try:
-        history = (args.history, args.history_end, args.num_steps)
-        model = dynamics.make(args.dynamics, args.volatility, *history, checkpoint=args.marlvol_checkpoint)
-    except ValueError as error:
-        raise runs.UsageError(str(error)) from None
-    allowed = f"at most {model.last_step} with this market: the smile ends there"
-    runs.check(args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
-    return model
-
-
-def make_env(args: Args, model: dynamics.Dynamics, num_envs: int, device: torch.device) -> HedgingEnv:
+def make_env(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> HedgingEnv:
     half = (args.num_strikes - 1) / 2
     strikes = [100.0 + args.strike_spacing * (i - half) for i in range(args.num_strikes)]
-    settings = {"options": hedging.option_grid(strikes, args.expiries), "initial_position": 0.0}
-    settings |= {"num_steps": args.num_steps, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
-    settings |= {"arrival_rate": args.arrival_rate, "mean_order_size": args.mean_order_size}
-    return HedgingEnv(num_envs, model, client_spread=args.client_spread, device=device, **settings)
+    names = ("num_steps", "cost_rate", "risk_aversion", "arrival_rate", "mean_order_size", "client_spread")
+    settings = {name: getattr(args, name) for name in names}
+    options = option_grid(strikes, args.expiries)
+    return HedgingEnv(num_envs, model, options=options, initial_position=0.0, device=device, **settings)
 
 
 # ALGO LOGIC: the agent
@@ -258,21 +209,24 @@ class Agent(nn.Module):
 
     def __init__(self, env: HedgingEnv, hidden: int):
         super().__init__()
-        size, actions = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+        size = env.single_observation_space.shape[0]
+        actions = env.single_action_space.shape[0]
+        self.num_actions = actions
         self.actor = nn.Sequential(
             nn.Linear(size, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True),
             nn.Linear(hidden, 2 * actions),
         )  # fmt: skip
         with torch.no_grad():  # starts at the band that `fit` finds
             self.actor[-1].weight.mul_(0.01)
-            self.actor[-1].bias.copy_(torch.tensor([0.0, 0.0, -1.0, -1.0]))
+            self.actor[-1].bias.copy_(torch.tensor([0.0] * actions + [-1.0] * actions))
         self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Twin(size, hidden)
         self.target_critic = Twin(size, hidden).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(()))
-        # Observations are standardised, in natural units, by what a constant band met before training, and the agent's
-        # bands have its half-width as their unit. Saved with the policy, which so means the same in any other market.
+        # A constant band played before training gives the scales: observations are standardised, in natural units, by
+        # what it met, and its half-width is the unit of the agent's bands. They are saved with the policy, so that it
+        # means the same in any other market.
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
         self.register_buffer("half_width", torch.ones(()))  # shares
@@ -283,22 +237,23 @@ class Agent(nn.Module):
     @torch.no_grad()
     def fit(self, env: HedgingEnv) -> None:
         """Finds the units of rewards and bands and the scales of the observation on a market apart."""
-        env.reset(seed=benchmark.SCALE_SEED)
-        cost = benchmark.play(env, baselines.black_scholes_delta(env))["cost"].mean()
+        env.reset(seed=SCALE_SEED)
+        cost = play(env, black_scholes_delta(env))["cost"].mean()
         self.reward_unit.fill_(cost if cost > 1e-4 else 1.0)
-        (width,) = benchmark.tune(env, lambda width: baselines.constant_band(env, width), [0.1], [1.3])
+        (width,) = tune(env, lambda width: constant_band(env, width), [0.1], [1.3])
         self.half_width.fill_(width)
         # Where volatility moves with the spot, the best centre is about the minimum-variance delta, at any cost.
-        minimum_variance, offsets = baselines.minimum_variance_delta(env), []
-        observation, _ = env.replay()
+        minimum_variance = minimum_variance_delta(env)
+        offsets = []
         seen = []
+        observation, _ = env.replay()
         for _ in range(env.num_steps):
             seen.append(observation * self.observation_units)
             offsets.append(minimum_variance(observation)[:, 0])
-            observation, *_ = env.step(self.to_band(observation.new_zeros(env.num_envs, 2)))
+            observation, *_ = env.step(self.to_band(observation.new_zeros(env.num_envs, self.num_actions)))
         self.offset.copy_(2.0 * torch.maximum(self.half_width, torch.cat(offsets).square().mean().sqrt()))
-        mean, std = torch.cat(seen).mean(0), torch.cat(seen).std(0)
-        self.observation_mean.copy_(mean)
+        std = torch.cat(seen).std(0)
+        self.observation_mean.copy_(torch.cat(seen).mean(0))
         # What never varies in training (gbm's volatility) must not be blown up where it differs, in another market.
         self.observation_std.copy_(torch.where(std < 1e-3, 1.0, std))
 
@@ -307,18 +262,18 @@ class Agent(nn.Module):
         return ((natural - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
     def head(self, actor: nn.Module, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Observation (n, size) → mean and logarithmic standard deviation (n, 2) of the Gaussian to be squashed."""
+        """Observation (n, size) → mean and log standard deviation (n, actions) of the Gaussian to be squashed."""
         book = self.normalise(observation)
-        book[:, hedging.NET_DELTA] = 0.0
+        book[:, NET_DELTA] = 0.0
         mean, log_std = actor(book).chunk(2, -1)
         return mean, log_std.clamp(-5, 1)
 
     def to_band(self, action: Tensor) -> Tensor:
-        """Action (n, 2) in (−1, 1) → (centre offset, half-width) in shares; zero is the best constant band."""
+        """Action (n, actions) in (−1, 1) → (centre offset, half-width) in shares; zero is the best constant band."""
         return torch.stack((self.offset * action[:, 0], self.half_width * torch.exp(1.5 * action[:, 1])), -1)
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Observation (n, size), normals (n, 2) → action (n, 2) in (−1, 1) and its log-probability (n,)."""
+        """Observation, normals (n, actions) → action (n, actions) in (−1, 1) and its log-probability (n,)."""
         mean, log_std = self.head(self.actor, observation)
         raw = mean + log_std.exp() * noise
         log_slope = 2 * (math.log(2) - raw - nn.functional.softplus(-2 * raw))  # ln(1 − tanh²), stable where it is tiny
@@ -326,7 +281,7 @@ class Agent(nn.Module):
         return torch.tanh(raw), logprob.sum(-1)
 
     def policy(self, observation: Tensor) -> Tensor:
-        """The deterministic policy that is benchmarked: observation (n, size) → environment action (n, 2)."""
+        """The deterministic policy that is benchmarked: observation (n, size) → environment action."""
         return self.to_band(torch.tanh(self.head(self.average_actor, observation)[0]))
 
 
@@ -376,30 +331,33 @@ class ReplayBuffer(nn.Module):
 
 @torch.no_grad()
 def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, generator, explore: bool) -> None:
-    """Plays one whole episode in every environment into the buffer: by the policy in some of them, and at random in
-    `args.random_share` of them, or with `explore` in all. Else the critics would see no net delta far from the policy's
-    own bands, and forget what is wrong with it."""
-    scale, dt = args.reward_scale / agent.reward_unit, env.dynamics.dt
-    minimum_variance = baselines.minimum_variance_delta(env)
+    """Plays one whole episode in every environment into the buffer.
+
+    The policy acts in some of them, and chance in `args.random_share` of them (with `explore` in all). Otherwise the
+    critics would see no net delta far from the policy's own bands, and forget what is wrong with it.
+    """
+    scale = args.reward_scale / agent.reward_unit
+    minimum_variance = minimum_variance_delta(env)
     num_random = env.num_envs if explore else round(args.random_share * env.num_envs)
     observation, _ = env.reset()
     for _ in range(env.num_steps):
-        noise = torch.randn(env.num_envs, 2, generator=generator, device=env.device)
+        noise = torch.randn(env.num_envs, agent.num_actions, generator=generator, device=env.device)
         action, _ = agent.act(observation, noise)
         action[:num_random] = torch.erf(noise[:num_random] / math.sqrt(2))  # uniform in (−1, 1)
         band = agent.to_band(action)
         after, trade_cost = env.after_trade(observation, band)
-        net_delta = env.book_scale * after[:, hedging.NET_DELTA]
-        centre, spot_variance = minimum_variance(observation)[:, 0], env.spot[env.t] ** 2 * env.variance[env.t] * dt
+        net_delta = env.book_scale * after[:, NET_DELTA]
+        centre = minimum_variance(observation)[:, 0]
+        spot_variance = env.spot[env.t] ** 2 * env.variance[env.t] * env.dynamics.dt
         risk = 0.5 * env.risk_aversion * spot_variance * net_delta * (net_delta - 2 * centre)
         next_observation, _, terminated, _, info = env.step(band)
-        # Not the raw reward, but one with the same optimum and a small part of its noise: the gain over Black–Scholes
-        # delta hedging on the same path. ΔW has mean zero, and so has all that the policy cannot change. Of ½ΔW², less
-        # the hedger's own, stands the expectation, to first order: least at the minimum-variance delta. The cost of
-        # this trade is known to the critics; the hedger's is that of its *next* trade. (Its last one was known before
-        # ours, and the net delta would stand in for it.)
+        # The reward that is learnt from has the optimum of the raw one and a small part of its noise. It is the gain
+        # over Black–Scholes delta hedging on the same path, without ΔW, whose mean is zero. ½ΔW² less that of the delta
+        # hedge is replaced by its expectation, to first order; that is least at the minimum-variance delta. The critics
+        # know the cost of this trade, so it is added back. The delta hedge's cost is that of its *next* trade: its last
+        # one was known before ours, and the net delta would reveal it.
         reward = scale * (info["hedged_cost"] - (info["cost"] - trade_cost) - risk)
-        buffer.add(observation, after[:, hedging.NET_DELTA], reward, next_observation, terminated.float())
+        buffer.add(observation, after[:, NET_DELTA], reward, next_observation, terminated.float())
         observation = next_observation
 
 
@@ -417,7 +375,7 @@ def sac_loss(agent: Agent, env: HedgingEnv, batch: tuple[Tensor, ...], noise: Te
         next_actions, next_logprobs = agent.act(next_observations, noise[0])
         next_values = value(agent.target_critic, next_observations, next_actions) - alpha * next_logprobs
         targets = rewards + args.gamma * (1 - dones) * next_values  # expiry is terminal
-    traded = hedging.with_net_delta(observations, net_deltas)
+    traded = with_net_delta(observations, net_deltas)
     critic_loss = (agent.critic(agent.normalise(traded)) - targets).square().mean(-1).sum()
     actions, logprobs = agent.act(observations, noise[1])
     values = value(agent.critic, observations, actions, frozen=True)
@@ -430,19 +388,17 @@ def sac_loss(agent: Agent, env: HedgingEnv, batch: tuple[Tensor, ...], noise: Te
 
 
 LOSS_NAMES = ("losses/critic_loss", "losses/actor_loss", "losses/q_value", "losses/entropy", "losses/alpha")
-METRICS = (
-    "global_step", "charts/updates", "charts/objective", "charts/gain_over_black_scholes",
-    "charts/share_of_gap_closed", "charts/SPS", "charts/learning_rate", *LOSS_NAMES,
-)  # fmt: skip
 
 
 def update(agent: Agent, env, optimizer, buffer: ReplayBuffer, loss_function, args: Args, generator, updates: int):
     """`updates` gradient updates. Returns the mean of the loss parts (5,) and never waits for the device."""
     parts = []
-    targets, critics = list(agent.target_critic.parameters()), list(agent.critic.parameters())
-    averages, actors = list(agent.average_actor.parameters()), list(agent.actor.parameters())
+    targets = list(agent.target_critic.parameters())
+    critics = list(agent.critic.parameters())
+    averages = list(agent.average_actor.parameters())
+    actors = list(agent.actor.parameters())
     for _ in range(updates):
-        noise = torch.randn(2, args.batch_size, 2, generator=generator, device=buffer.rewards.device)
+        noise = torch.randn(2, args.batch_size, agent.num_actions, generator=generator, device=buffer.rewards.device)
         loss, loss_parts = loss_function(agent, env, buffer.sample(args.batch_size, generator), noise, args)
         optimizer.zero_grad()
         loss.backward()
@@ -454,235 +410,122 @@ def update(agent: Agent, env, optimizer, buffer: ReplayBuffer, loss_function, ar
     return torch.stack(parts).mean(0)
 
 
-def train(args: Args, model: dynamics.Dynamics, run_dir: Path, device: torch.device, checkpoint: dict | None, tracker):
-    """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times.
-
-    Returns the agent and the environment steps it was trained for."""
+def train(run: Run, model: Dynamics) -> Agent:
+    """Trains the agent, from scratch or from where `run` resumes."""
+    args: Args = run.args
     torch.manual_seed(args.seed)
-    env = make_env(args, model, args.num_envs, device)
-    size = env.single_observation_space.shape[0]
-    buffer = ReplayBuffer(args.buffer_size, size).to(device)
-    agent = Agent(env, args.hidden_size).to(device)
-    agent.fit(make_env(args, model, 1024, device))
+    env = make_env(args, model, args.num_envs, run.device)
+    buffer = ReplayBuffer(args.buffer_size, env.single_observation_space.shape[0]).to(run.device)
+    agent = Agent(env, args.hidden_size).to(run.device)
+    agent.fit(env.like(1024))
     agent.log_alpha.data.fill_(math.log(args.alpha))
-    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     # A tensor as learning rate, so that a captured update sees it change
     optimizer = torch.optim.Adam(
-        trained, lr=torch.tensor(args.learning_rate, device=device), fused=True, capturable=device.type == "cuda"
-    )
-    generator = torch.Generator(device).manual_seed(args.seed + EXPLORATION_SEED)  # also samples the buffer
-    env.generator.manual_seed(args.seed)  # the market
-
+        [parameter for parameter in agent.parameters() if parameter.requires_grad],
+        lr=torch.tensor(args.learning_rate, device=run.device), fused=True, capturable=run.device.type == "cuda",
+    )  # fmt: skip
+    generator = run.generator(args.seed + EXPLORATION_SEED)  # also samples the buffer
+    env.generator.manual_seed(args.seed)
+    counts = {"updates": 0}
+    run.keep(
+        agent=agent, optimizer=optimizer, generator=generator, market_generator=env.generator, counts=counts,
+        buffer=buffer if args.save_buffer else None,
+    )  # fmt: skip
     episode = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // episode
     updates = max(1, round(args.utd * episode))
     warm_up = math.ceil(args.learning_starts / episode)  # iterations of random actions
+    refilled = 0 if args.save_buffer else run.iteration + warm_up  # a resumed run first fills a new buffer
     used = updates * args.batch_size / episode
     print(f"each iteration: {episode:,} environment steps, then {updates} updates of {args.batch_size} transitions, so")
     print(f"updates to data 1 to {episode / updates:,.0f}; each step is used {used:.2g} times")
-    evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
-    first, rows, done, refill = 1, None, 0, 0
-    if checkpoint is not None:
-        try:
-            agent.load_state_dict(checkpoint["agent"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for group in optimizer.param_groups:  # read onto the CPU, where a captured update would not see it change
-                group["lr"] = group["lr"].to(device)
-            generator.set_state(checkpoint["generator"])
-            env.generator.set_state(checkpoint["market_generator"])
-            first, rows, done = checkpoint["iteration"] + 1, int(checkpoint["rows"]), int(checkpoint["updates"])
-            if checkpoint["buffer"] is not None:
-                buffer.load_state_dict(checkpoint["buffer"])
-            else:
-                refill = warm_up  # by the policy as it is
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            raise runs.UsageError(f"{run_dir}: does not fit this script, or was made on another device") from None
-    metrics = runs.MetricsFile(run_dir / "metrics.csv", METRICS, resume_from=rows)
-
-    def save(iteration: int) -> None:
-        if args.save_model:
-            content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
-            content |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            content |= {"generator": generator.get_state(), "market_generator": env.generator.get_state()}
-            content |= {"updates": done, "buffer": buffer.state_dict() if args.save_buffer else None}
-            content |= {"tracker": tracker.id if tracker else None}
-            runs.save_checkpoint(run_dir / "checkpoint.pt", content)
-
-    validation = benchmark.hedging_validation(make_env(args, model, 4096, device))
-    if checkpoint is None:  # the untrained policy, for the learning curve
-        metrics.write({"global_step": 0, **validation(agent.policy)})
-        save(0)
+    validation = hedging_validation(env.like(4096))
+    if run.iteration == 0:  # the untrained policy, for the learning curve
+        run.log(validation(agent.policy))
     loss_function = torch.compile(sac_loss) if args.compile else sac_loss
 
     def iterate() -> Tensor:
         rollout(env, agent, buffer, args, generator, explore=False)
         return update(agent, env, optimizer, buffer, loss_function, args, generator, updates)
 
-    learn = iterate
-    progress = tqdm(total=num_iterations * episode, initial=(first - 1) * episode, unit="step", unit_scale=True)
-    progress.set_description("gain over Black–Scholes —")
-    clock, clock_steps = time.perf_counter(), 0
+    iterate = run.captured(iterate, agent, buffer, optimizer, generator, env.generator)
     losses = None
-    for iteration in range(first, num_iterations + 1):
+    for iteration in run.iterations(args.num_iterations, args.steps_per_iteration):
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / num_iterations))
-        if iteration <= warm_up or iteration < first + refill:
+            optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / args.num_iterations))
+        if iteration <= max(warm_up, refilled):
             rollout(env, agent, buffer, args, generator, explore=iteration <= warm_up)
         else:
-            if args.cudagraphs and learn is iterate:
-                everything = nn.ModuleList([agent, buffer])
-                learn = runs.cuda_graph(iterate, everything, optimizer, [generator, env.generator])
-            losses = learn()
-            done += updates
-        clock_steps += episode
-        progress.update(episode)
-        if iteration not in evaluations:
-            continue
-        row = {"global_step": iteration * episode, "charts/updates": done}
-        if losses is not None:  # there have been updates
-            row |= dict(zip(LOSS_NAMES, losses.tolist(), strict=True))  # waits for the device, so the speed is honest
-        row["charts/SPS"] = int(clock_steps / (time.perf_counter() - clock))
-        row["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
-        parameters = {f"parameter {name}": p.sum().item() for name, p in agent.named_parameters()}
-        runs.check_finite({**row, **parameters}, row["global_step"], run_dir)
-        row |= validation(agent.policy)
-        metrics.write(row)
-        if tracker:
-            tracker.log(row, step=row["global_step"])
-        save(iteration)
-        gain, share = row["charts/gain_over_black_scholes"], row.get("charts/share_of_gap_closed", math.nan)
-        possible = "" if math.isnan(share) else f" ({100 * share:.1f} % of what is possible)"
-        progress.set_description(f"gain over Black–Scholes {gain:+.4f}{possible}")
-        clock, clock_steps = time.perf_counter(), 0
-    progress.close()
-    return agent, num_iterations * episode
+            losses = iterate()
+            counts["updates"] += updates
+        if run.due(iteration):
+            row = {"charts/updates": counts["updates"]}
+            if losses is not None:  # there have been updates
+                row |= dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
+            row["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
+            run.check_finite(row, agent)
+            row |= validation(agent.policy)
+            run.log(row, validation.describe(row))
+    return agent
 
 
 # BENCHMARK
 
 
-def run_benchmark(args: Args, model: dynamics.Dynamics, agent: Agent, steps: int, run_dir: Path, device: torch.device):
-    """The agent against every baseline and the exact optimum on fresh episodes; writes report and figures."""
-    contest = benchmark.hedging_contest(
-        lambda model, num_envs: make_env(args, model, num_envs, device), model, agent.policy, args.eval_episodes
+def benchmark(run: Run, model: Dynamics, agent: Agent):
+    """The agent against every baseline and the exact optimum on fresh episodes: (result, contest)."""
+    args: Args = run.args
+    market = (
+        "dynamics",
+        "cost_rate",
+        "risk_aversion",
+        "num_strikes",
+        "arrival_rate",
+        "mean_order_size",
+        "client_spread",
     )
-    settings = {"dynamics": args.dynamics, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
-    settings |= {"num_strikes": args.num_strikes, "expiries": list(args.expiries), "arrival_rate": args.arrival_rate}
-    settings |= {"mean_order_size": args.mean_order_size, "client_spread": args.client_spread}
-    settings |= {"run seed": args.seed, "training steps": steps}
-    if args.dynamics == "historical":
-        settings |= {"closes": args.history or "S&P 500", "model fitted until": str(model.dates[0])}
-    title = f"Phase 2 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})"
-    result = benchmark.judge_hedging(title, settings, contest, share_required=0.95)
-    result.write(run_dir)
-    if args.dynamics == "historical":
-        apart = contest.non_overlapping(args.num_steps)
-        benchmark.judge_hedging(f"{title}, non-overlapping windows", settings, apart).write(
-            run_dir, "benchmark_non_overlapping"
-        )
-        figures.advantage_by_date(run_dir / "advantage_by_date.png", model.dates, contest, title)
-    figures.hedging_report(run_dir, title, contest)
-    figures.book_episode(run_dir / "book_episode.png", title, contest)
-    return result
+    settings = {name: getattr(args, name) for name in market} | {"expiries": list(args.expiries)}
+    return hedging_benchmark(
+        title=f"Phase 2 ({args.dynamics}, cost {1e4 * args.cost_rate:g} bp, risk aversion {args.risk_aversion:g})",
+        settings={**settings, **run.settings()},
+        agent=agent.policy,
+        make_env=lambda model, num_envs: make_env(args, model, num_envs, run.device),
+        model=model,
+        episodes=args.eval_episodes,
+        bars=bars.HEDGE_BOOK,
+    )
 
 
-# MAIN
-
-
-def start_tracker(args: Args, run_dir: Path, run_id: str | None):
-    """Weights & Biases, or None. Online or offline as WANDB_MODE says."""
-    if not args.track:
-        return None
-    import wandb  # only here: a run without --track needs no account and no import
-
-    try:
-        return wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-            id=run_id, resume="allow", save_code=True,
-        )  # fmt: skip
-    except wandb.errors.Error as error:
-        reason = str(error).splitlines()[0]
-        raise runs.UsageError(f"--track: {reason} (WANDB_MODE=offline works without an account)") from None
-
-
-def finish_tracker(tracker, result: benchmark.Benchmark, run_dir: Path) -> None:
-    """Benchmark table, figures, checkpoint and code to W&B."""
-    import wandb
-
-    columns = ["contestant", *next(iter(result.rows.values()))]
-    table = wandb.Table(columns=columns, data=[[name, *row.values()] for name, row in result.rows.items()])
-    tracker.log({"benchmark/table": table})
-    tracker.log({f"benchmark/{path.stem}": wandb.Image(str(path)) for path in sorted(run_dir.glob("*.png"))})
-    tracker.summary["benchmark/passed"] = result.passed
-    for name, share in result.shares.items():
-        tracker.summary[f"benchmark/{name}"] = share.mean
-    for name, advantage in result.advantages.items():
-        tracker.summary[f"benchmark/advantage over {name}"] = advantage.mean
-    if (run_dir / "checkpoint.pt").is_file():
-        artifact = wandb.Artifact(f"{PHASE}-{tracker.id}", type="model")
-        with artifact.new_file("checkpoint.pt", mode="wb") as file:  # without the buffer: what --evaluate needs
-            torch.save({**runs.load_checkpoint(run_dir, PHASE), "buffer": None}, file)
-        tracker.log_artifact(artifact)
-    here = Path(__file__).parent
-    code = {here / Path(__file__).name, *(here / "envs").glob("*.py")}
-    tracker.log_code(str(here), include_fn=lambda path: Path(path) in code)
-    tracker.finish()
-
-
-def load_agent(args: Args, checkpoint: dict, env: HedgingEnv) -> Agent:
-    """The agent of a checkpoint, to be evaluated in another market than it was trained in, but not on its own past."""
-    agent = Agent(env, args.hidden_size).to(env.device)
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-    except (RuntimeError, AttributeError, TypeError):
-        raise runs.UsageError(f"{args.evaluate}: does not fit this script, its networks have other shapes") from None
-    runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{args.evaluate}: NaN in its networks")
-    trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
+def check_book(args: Args, trained: Args) -> None:
+    """Raises `UsageError` if the agent was trained with a book of other options."""
     for name, known, book in (
         ("--num-strikes is", trained.num_strikes, args.num_strikes),
         ("--expiries has", len(trained.expiries), len(args.expiries)),
     ):
-        runs.check(known == book, f"{name} {book}, but the agent was trained with {known}: its book is another one")
-    if args.dynamics == "historical" and trained.dynamics == "garch":
-        seen = trained.history_end
-        apart = trained.history == args.history and seen is not None and seen <= args.history_end
-        until = f"closes of {trained.history or 'the S&P 500'} until {seen or 'their end'}"
-        runs.check(apart, f"--history-end is {args.history_end}, but the agent was trained on {until}")
-    return agent
+        check(known == book, f"{name} {book}, but the agent was trained with {known}: its book is another one")
 
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = ("rows", "optimizer", "generator", "market_generator", "updates", "buffer", "tracker")
-    args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
-    validate(args)
-    model = make_dynamics(args)
-    torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
-    run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.evaluate is not None:
-        agent = load_agent(args, checkpoint, make_env(args, model, 1, device))
-        trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-        steps = trained.num_envs * trained.num_steps * checkpoint["iteration"]
-    else:
-        size = make_env(args, model, 1, device).single_observation_space.shape[0]
-        memory = ReplayBuffer.bytes_needed(args.buffer_size, size)
-        runs.check_memory(memory, device, f"--buffer-size {args.buffer_size}")
-    tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
-    if args.resume is None:
-        run_dir = runs.new_folder(run_dir)
-        runs.write_json(run_dir / "args.json", asdict(args))
-    print(f"{run_dir}: {args.dynamics} on {device}; trading days (252 a year), money in the currency of S = 100")
+    run = Run.open(Args, argv, PHASE, QUICK)
+    args: Args = run.args
+    model = make_model(args)
+    env = make_env(args, model, 1, run.device)
+    memory = ReplayBuffer.bytes_needed(args.buffer_size, env.single_observation_space.shape[0])
     if args.evaluate is None:
-        print(f"replay buffer: {args.buffer_size:,} transitions, {memory / 2**20:,.0f} MiB on {device}")
-        agent, steps = train(args, model, run_dir, device, checkpoint, tracker)
-    result = run_benchmark(args, model, agent, steps, run_dir, device)
-    print(f"\n{result.title}\n\n{result.table()}\n\n{result.verdict()}\nreport and figures: {run_dir}")
-    if tracker:
-        finish_tracker(tracker, result, run_dir)
-    return result.passed
+        check_memory(memory, run.device, f"--buffer-size {args.buffer_size}")
+    else:
+        agent = Agent(env, args.hidden_size).to(run.device)
+        run.load(agent)
+        check_book(args, run.trained)
+        check_unseen(args, run.trained)
+    run.begin(args.dynamics, f"{args.dynamics} on {run.device}; trading days (252 a year), currency of S = 100")
+    if args.evaluate is None:
+        print(f"replay buffer: {args.buffer_size:,} transitions, {memory / 2**20:,.0f} MiB on {run.device}")
+        with run.training():
+            agent = train(run, model)
+    result, contest = benchmark(run, model, agent)
+    return run.finish(result, partial(hedging_report, contest=contest))
 
 
 if __name__ == "__main__":
-    runs.run(main, sys.argv[1:])
+    run_main(main, sys.argv[1:])

@@ -2,35 +2,56 @@
 
 The market is phase 3's: makers of European options quote, takers choose among them or walk away, and every maker hedges
 the delta of its book at a cost. Two models are kept: π_new learns, π_old takes the other seats; after the update π_new
-becomes π_old. CleanRL's PPO with GAE, batched: a rollout is one whole episode of every environment. All the finance is
-in envs/; copy this file, change thirty lines, run it.
+becomes π_old. The algorithm is CleanRL's PPO with GAE, batched: a rollout is one whole episode of every environment.
+All the finance is in envs/. Copy this file, change thirty lines, run it.
 """
 
 import copy
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 
-from envs import AgainstRivals, QuotingEnv, benchmark, dynamics, figures, league, makers, quoting, runs
+from envs import AgainstRivals, QuotingEnv
+from envs.benchmark.contest import Validation
+from envs.benchmark.league import SelfplayValidation, selfplay_benchmark
+from envs.benchmark.makers import (
+    AVELLANEDA_STOIKOV,
+    CONSTANT_SPREAD,
+    GLFT,
+    STRONGEST_MAKER,
+    Makers,
+    against,
+    classical_makers,
+)
+from envs.figures.selfplay import selfplay_report
+from envs.market.dynamics import Dynamics
+from envs.market.history import Historical
+from envs.market.quoting import OBSERVATION_NAMES, VEGA, BadQuote
+from envs.market.units import TRADING_DAYS
+from envs.models import QuotingArgs, check_unseen, make_model
+from envs.run.args import BatchedRunArgs, check_ppo, check_range
+from envs.run.errors import check
+from envs.run.files import check_memory, load_checkpoint, load_weights
+from envs.run.ranks import average as average_over_ranks
+from envs.run.ranks import average_gradients, check_equal_parameters, rank, rank_seed, standardise
+from envs.run.run import Run, progress_bar, run_main
+from envs.run.seeds import EXPLORATION_SEED, OPPONENT_SEED, RESPONSE_SEED, SCALE_SEED
 
 Tensor = torch.Tensor
 PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
-EXPLORATION_SEED = 4_000_000  # added to --seed, which itself seeds the market and stays below a million
-OPPONENT_SEED, RESPONSE_SEED = 6_000_000, 7_000_000  # likewise: the choice from the pool, the best response's run
-# The classical makers that take their turns as opponents
-CLASSICS = (makers.NAMED_MAKER, makers.STRONGEST_MAKER, makers.GLFT, makers.CONSTANT_SPREAD)
+CLASSICS = (AVELLANEDA_STOIKOV, STRONGEST_MAKER, GLFT, CONSTANT_SPREAD)  # take their turns as opponents
+QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
 
 @dataclass
-class Args:
+class Args(QuotingArgs, BatchedRunArgs):
     """Phase 4: train makers of options by self-play, so that they anticipate each other, then benchmark them.
 
     Two makers (or more) quote five calls of one expiry, twice a trading day; takers arrive at random, with persistent
@@ -59,63 +80,9 @@ class Args:
 
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's name"""
-    seed: int = 1
-    """seed of the run; the same seed gives the same numbers, bitwise, on the same machine"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    torch_threads: int = 1
-    """CPU threads of torch; these small networks are fastest on one"""
-    track: bool = False
-    """log to Weights & Biases (WANDB_MODE=offline works without an account)"""
-    wandb_project_name: str = "option-market-making"
-    """the W&B project"""
-    wandb_entity: str | None = None
-    """the W&B entity (team); your own account by default"""
-    save_model: bool = True
-    """write checkpoint.pt, which --resume and --evaluate need"""
     evaluate: str | None = None
     """CHECKPOINT or run folder: only the benchmark (with --no-exploitability no training at all); market flags may
     differ from those trained with"""
-    resume: str | None = None
-    """run folder: continue it to exactly the numbers of an uninterrupted run"""
-    compile: bool = False
-    """compile policy and loss with torch.compile (needs a C++ compiler; worth it on long runs)"""
-    cudagraphs: bool = False
-    """capture rollout and update as one CUDA graph (GPU only), for the launches that dominate with few environments"""
-
-    # The market
-    dynamics: str = "heston"
-    """model of the underlying: gbm, garch, heston, merton, marlvol; historical (real closes) with --evaluate only"""
-    volatility: float = 0.2
-    """annualised volatility, a decimal: of gbm, and at the start and in the long run of heston"""
-    mean_reversion: float = 4.0
-    """speed of heston's mean reversion, per year"""
-    vol_of_vol: float = 0.5
-    """volatility of heston's variance"""
-    correlation: float = -0.7
-    """correlation of heston's variance with the spot"""
-    history: str | None = None
-    """CSV with columns date and close for garch and historical; the S&P 500 of 1999–2018 by default"""
-    history_end: str | None = None
-    """YYYY-MM-DD: garch is fitted on closes up to this day, historical replays the closes after it"""
-    marlvol_checkpoint: str | None = None
-    """run folder or checkpoint of phase 0, whose market marlvol is"""
-    num_steps: int = 60
-    """steps of an episode, half a trading day each (garch, historical: a day); the options live twice as long"""
-    num_makers: int = 2
-    """makers in the market, that learn from each other"""
-    arrival_rate: float = 0.5
-    """mean number of takers a step who want to buy (and to sell) each option"""
-    flow_sd: float = 0.5
-    """standard deviation of the order flow's imbalance: takers come at arrival_rate × (1 ± imbalance)"""
-    choice_sensitivity: float = 2.0
-    """k of the takers' logit choice, per vol point: the larger, the more the best price takes all"""
-    cost_rate: float = 5e-4
-    """proportional cost of hedging per unit of currency traded (5e-4 = 5 bp)"""
-    risk_aversion: float = 1.0
-    """weight of ½ΔW² in the reward, 1/currency"""
-    privileged: bool = False
-    """let the agent see its rivals' vegas and positions (for study)"""
 
     # Self-play
     opponent: Literal["lag", "pool", "baseline"] = "lag"
@@ -176,87 +143,35 @@ class Args:
     """train a best response to the final policy, as long again as the training"""
     tuning_episodes: int = 2048
     """episodes that the classical makers are tuned on"""
-    num_evaluations: int = 20
-    """how often in the run the policy is evaluated, logged and saved"""
     eval_episodes: int = 8192
     """episodes of the final benchmark (with historical: all the windows there are)"""
 
+    @property
+    def trains(self) -> bool:
+        """Whether this command trains anything; a best response is trained in an evaluation, too."""
+        return self.evaluate is None or (self.exploitability and self.dynamics != "historical")
 
-def validate(args: Args) -> None:
-    """Raises UsageError for the first argument that cannot work."""
-    names = dynamics.NAMES if args.evaluate else [name for name in dynamics.NAMES if name != "historical"]
-    hint = "" if args.evaluate else "; historical with --evaluate"
-    runs.check(args.dynamics in names, f"--dynamics is {args.dynamics!r} (one of {', '.join(names)}{hint})")
-    market, calibrated = args.marlvol_checkpoint, args.dynamics == "marlvol"
-    runs.check(market or not calibrated, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0")
-    runs.check(calibrated or not market or args.evaluate, "--marlvol-checkpoint needs --dynamics marlvol")
-    runs.check_range(args, 1e-3, 10, "volatility")
-    runs.check_range(args, 1e-3, 100, "mean_reversion")
-    runs.check_range(args, 1e-3, 3, "vol_of_vol")
-    runs.check_range(args, -1, 1, "correlation")
-    runs.check_range(args, 0, 0.5, "cost_rate")
-    runs.check_range(args, 0, 1e3, "risk_aversion")
-    runs.check_range(args, 1, 2520, "num_steps")
-    runs.check_range(args, 2, 16, "num_makers")
-    runs.check_range(args, 0, 20, "arrival_rate", open_low=True)
-    runs.check_range(args, 0, 10, "flow_sd")
-    runs.check_range(args, 0, 1e6, "choice_sensitivity", open_low=True)
-    most = 3 / math.sqrt(2 * args.num_steps / 504)  # beyond, the spot is as good as zero at the end
-    runs.check(args.volatility <= most, f"--volatility is {args.volatility} (at most {most:.2g} over --num-steps)")
-    runs.check_range(args, 2, 2**26, "eval_episodes", "tuning_episodes")
-    runs.check_range(args, 1, 1024, "torch_threads")
-    runs.check_name(args.exp_name)
-    if args.evaluate is not None and (not args.exploitability or args.dynamics == "historical"):
-        return  # the rest is about training
-    fitted = args.dynamics == "garch" or args.evaluate is not None
-    runs.check(fitted or not (args.history or args.history_end), "--history and --history-end need --dynamics garch")
-    runs.check_range(args, 0, math.inf, "learning_rate", "max_grad_norm", "reward_scale", open_low=True)
-    runs.check_range(args, 0, 1, "gamma", "gae_lambda")
-    runs.check_range(args, 0, 1, "clip_coef", "average", "min_std", "anneal_share", open_low=True)
-    runs.check_range(args, 0, math.inf, "ent_coef", "vf_coef")
-    runs.check_range(args, 1, 2**20, "num_envs", "num_minibatches", "update_epochs", "num_evaluations")
-    runs.check_range(args, 0, 999_999, "seed")  # the seeds above are of tuning, validation and benchmark
-    batch_size = args.num_envs * args.num_steps
-    runs.check(
-        batch_size % args.num_minibatches == 0 and batch_size // args.num_minibatches > 1,
-        f"--num-minibatches is {args.num_minibatches} (must divide num_envs × num_steps = {batch_size}, > 1 each)",
-    )
-    runs.check_range(args, batch_size * runs.world_size(), 10**12, "total_timesteps")
-    runs.check(
-        args.copies >= 1 and args.num_envs % args.copies == 0,
-        f"--copies is {args.copies} (at least 1, must divide --num-envs = {args.num_envs})",
-    )
-    updates = num_updates(args)
-    runs.check(1 <= args.lag <= updates, f"--lag is {args.lag} (at least 1, at most the run's {updates} updates)")
-    runs.check_range(args, 2, 4096, "pool_size")
-    runs.check_range(args, 0, 1, "classical_share")
-    if args.start_edge is not None:
-        runs.check_range(args, 0, 10, "start_edge", open_low=True)
-    runs.check(not args.cudagraphs or (args.cuda and torch.cuda.is_available()), "--cudagraphs needs a GPU and --cuda")
-    runs.check(not (args.cudagraphs and args.compile), "--cudagraphs and --compile exclude each other")
-    runs.check(not (args.cudagraphs and runs.world_size() > 1), "--cudagraphs is for one process, not for torchrun")
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work."""
+        super().check()
+        check_range(self, 2, 2**26, "eval_episodes", "tuning_episodes")
+        if self.trains:
+            check_ppo(self)
+            check_range(self, 0, 1, "average", "min_std", "anneal_share", open_low=True)
+            check(
+                self.copies >= 1 and self.num_envs % self.copies == 0,
+                f"--copies is {self.copies} (at least 1, must divide --num-envs = {self.num_envs})",
+            )
+            updates = self.num_iterations
+            check(1 <= self.lag <= updates, f"--lag is {self.lag} (at least 1, at most the run's {updates} updates)")
+            check_range(self, 2, 4096, "pool_size")
+            check_range(self, 0, 1, "classical_share")
+            if self.start_edge is not None:
+                check_range(self, 0, 10, "start_edge", open_low=True)
 
 
-def make_dynamics(args: Args) -> dynamics.Dynamics:
-    """The model of the underlying that the flags describe; data errors become usage errors."""
-    dt = 0.5 / dynamics.TRADING_DAYS
-    try:
-        if args.dynamics == "heston":
-            variance = args.volatility**2
-            return dynamics.Heston(variance, variance, args.mean_reversion, args.vol_of_vol, args.correlation, dt)
-        history = (args.history, args.history_end, args.num_steps)
-        model = dynamics.make(args.dynamics, args.volatility, *history, dt, checkpoint=args.marlvol_checkpoint)
-    except ValueError as error:
-        raise runs.UsageError(str(error)) from None
-    allowed = f"at most {model.last_step // 2} with this market: options expire after twice that, and the smile ends"
-    runs.check(2 * args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
-    return model
-
-
-def make_market(args: Args, model: dynamics.Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:
-    names = ("num_makers", "num_steps", "arrival_rate", "flow_sd", "choice_sensitivity", "cost_rate", "risk_aversion")
-    settings = {name: getattr(args, name) for name in names}
-    return QuotingEnv(num_envs, model, expiry=2 * args.num_steps, privileged=args.privileged, device=device, **settings)
+def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:
+    return QuotingEnv(num_envs, model, expiry=2 * args.num_steps, device=device, **args.market())
 
 
 # ALGO LOGIC: the agent
@@ -277,7 +192,8 @@ class Agent(nn.Module):
 
     def __init__(self, market: QuotingEnv):
         super().__init__()
-        size, actions = market.maker_observation_space.shape[0], market.maker_action_space.shape[0]
+        size = market.maker_observation_space.shape[0]
+        actions = market.maker_action_space.shape[0]
 
         def network(outputs: int, std: float) -> nn.Sequential:
             return nn.Sequential(
@@ -288,9 +204,10 @@ class Agent(nn.Module):
         self.actor_mean = network(actions, 0.01)
         self.critic = network(1, 1.0)
         self.actor_logstd = nn.Parameter(torch.full((actions,), -0.5))
+        self.choice = (market.choice_sensitivity, market.reference_edge)
+        first = len(OBSERVATION_NAMES)
+        self.rival_edges = slice(first, first + 2 * (market.num_makers - 1))  # columns of the observation
         # Observations are standardised by what the classical maker met before training, and saved with the policy.
-        self.first, self.choice = len(quoting.OBSERVATION_NAMES), (market.choice_sensitivity, market.reference_edge)
-        self.rival_quotes = slice(self.first, self.first + 2 * (market.num_makers - 1))  # columns of the observation
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
         # Half-spread (vol points), skew and target delta per unit of vega, half-width of the band (shares)
@@ -299,49 +216,60 @@ class Agent(nn.Module):
     @torch.no_grad()
     def fit(self, env: AgainstRivals, classic) -> None:
         """Sets normaliser and linear maker from episodes that `classic` plays in the agent's seat."""
-        observation, _ = env.reset(seed=benchmark.SCALE_SEED)
-        seen, done = [], []
+        observation, _ = env.reset(seed=SCALE_SEED)
+        seen = []
+        acted = []
         for _ in range(env.num_steps):
             action = classic(observation)
             seen.append(observation)
-            done.append(action)
+            acted.append(action)
             observation, *_ = env.step(action)
-        seen, done = self.attraction(torch.cat(seen)), torch.cat(done)
-        vega, (half_spread, skew, target, band) = seen[:, quoting.VEGA], done.unbind(-1)
+        seen = self.attraction(torch.cat(seen))
+        half_spread, skew, target, band = torch.cat(acted).unbind(-1)
+        vega = seen[:, VEGA]
         square = vega.square().mean().clamp(min=1e-12)
-        slopes = (skew * vega).mean() / square, (target * vega).mean() / square
-        self.linear_maker.copy_(torch.stack((half_spread.mean(), *slopes, band.mean().clamp(min=0.01))))
+        skew_slope = (skew * vega).mean() / square
+        target_slope = (target * vega).mean() / square
+        self.linear_maker.copy_(
+            torch.stack((half_spread.mean(), skew_slope, target_slope, band.mean().clamp(min=0.01)))
+        )
         self.observation_mean.copy_(seen.mean(0))
-        # What never varies in training (gbm's volatility) must not be blown up where it differs, in another market, nor
-        # what rivals quote, who here are more alike than those to come.
+        # A column that never varies here (gbm's volatility) must not be blown up in another market where it does. The
+        # rivals of training will differ more among each other than these, so their columns have a scale of their own.
         std = torch.where(seen.std(0) < 1e-2, 1.0, seen.std(0))
-        std[self.rival_quotes] = std[self.rival_quotes].clamp(0.15, 0.3)
+        std[self.rival_edges] = std[self.rival_edges].clamp(0.15, 0.3)
         self.observation_std.copy_(std)
 
     def attraction(self, observation: Tensor) -> Tensor:
-        """The observation with, in place of each edge d that a rival quotes, how many takers it would get if there were
-        nobody else: 1/(1 + exp(k(d − d_ref))). Bounded, so wider and narrower rivals than in training are no riddle."""
-        (k, reference), quotes = self.choice, observation[:, self.rival_quotes]
-        share = torch.sigmoid(-k * (quotes - reference))
-        return torch.cat((observation[:, : self.first], share, observation[:, self.rival_quotes.stop :]), 1)
+        """The observation with the takers that each of the rivals' edges d would attract if there were nobody else,
+        1/(1 + exp(k(d − d_ref))), in place of the edge. It is bounded, so edges unlike those of training do no harm."""
+        k, reference = self.choice
+        share = torch.sigmoid(-k * (observation[:, self.rival_edges] - reference))
+        before, after = observation[:, : self.rival_edges.start], observation[:, self.rival_edges.stop :]
+        return torch.cat((before, share, after), 1)
 
     def normalise(self, observation: Tensor) -> Tensor:
         return ((self.attraction(observation) - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
-        """Observation (n, size) and raw action (n, 4) → half-spread, skew, target delta, half-width of the band."""
+        """Observation and raw action (n, actions) → half-spread, skew, target delta, half-width of the band."""
         half_spread, skew, target, band = self.linear_maker
-        raw, vega = raw_action.clamp(-5, 5), observation[:, quoting.VEGA]
-        quotes = half_spread * (0.6 * raw[:, 0]).exp(), skew * vega + 0.5 * half_spread * raw[:, 1]
-        return torch.stack((*quotes, target * vega + 0.4 * raw[:, 2], band * raw[:, 3].exp()), -1)
+        raw = raw_action.clamp(-5, 5)
+        vega = observation[:, VEGA]
+        return torch.stack((
+            half_spread * (0.6 * raw[:, 0]).exp(),
+            skew * vega + 0.5 * half_spread * raw[:, 1],
+            target * vega + 0.4 * raw[:, 2],
+            band * raw[:, 3].exp(),
+        ), -1)  # fmt: skip
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised observation (n, size), normals (n, 4) → raw action (n, 4), log-probability and value (n,)."""
+        """Normalised observation, normals (n, actions) → raw action (n, actions), log-probability and value (n,)."""
         action = self.actor_mean(observation) + self.actor_logstd.exp() * noise
         logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
         return action, logprob, self.critic(observation)[:, 0]
 
-    def evaluate(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_actions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observations and raw actions → log-probabilities (n,), entropy (), values (n,)."""
         noise = (action - self.actor_mean(observation)) * torch.exp(-self.actor_logstd)
         logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -349,7 +277,7 @@ class Agent(nn.Module):
         return logprob, entropy, self.critic(observation)[:, 0]
 
     def policy(self, observation: Tensor) -> Tensor:
-        """The deterministic policy that is benchmarked: observation (n, size) → environment action (n, 4)."""
+        """The deterministic policy that is benchmarked: observation (n, size) → environment action."""
         return self.to_quote(observation, self.actor_mean(self.normalise(observation)))
 
 
@@ -376,62 +304,83 @@ def at(snapshot: Tensor, agent: Agent):
 
 
 class Opponents(nn.Module):
-    """Who takes the other seats: past selves of the agent, now and then a classical maker.
+    """The policies in the other seats: past selves of the agent, now and then a classical maker.
 
-    `snapshots` (size, …) are vectors as `to_vector` makes them: the last `lag` iterates in a ring, or guests and the
-    pool, of which every second one goes when it is full, so that they stay evenly spaced over the run (average past
-    play, Heinrich, Lanctot & Silver 2015). `actor` is the one that plays now.
+    `snapshots` (size, …) are vectors as `to_vector` makes them. With --opponent lag they are the last `lag` iterates,
+    in a ring. With pool they are the guests and then a pool that stays evenly spaced over the run, because every second
+    snapshot goes when it is full (average past play, Heinrich, Lanctot & Silver 2015). `actor` plays now.
     """
 
     def __init__(self, args: Args, agent: Agent, guests: list[Tensor], classics: list):
         super().__init__()
-        self.args, self.classics = args, classics  # the named baseline first
-        self.turn = 0  # whose it is: 0 `actor`'s, i that of the i-th classic
+        self.args = args
+        self.classics = classics  # the named baseline first
+        self.turn = 0  # 0: `actor` plays; i: the i-th classic does
         self.actor = copy.deepcopy(agent).requires_grad_(False)
         size = args.pool_size if args.opponent == "pool" else args.lag
         self.guests = len(guests) if args.opponent == "pool" else 0
-        self.stored, self.spacing = 0, 1  # of the pool: how many there are, updates from one to the next
+        self.stored = 0  # snapshots in the pool
+        self.spacing = 1  # updates from one of them to the next
         self.register_buffer("snapshots", torch.stack([*guests[: self.guests], *[to_vector(agent)] * size]))
         self.register_buffer("scores", torch.zeros(len(self.snapshots)))  # what each earns beyond the agent
-        self.register_buffer("born", torch.full((len(self.snapshots),), -1))  # the pool's: after how many updates
+        self.register_buffer("born", torch.full((len(self.snapshots),), -1))  # in the pool: after how many updates
         self.register_buffer("chosen", torch.zeros(1, dtype=torch.long))
+
+    def get_extra_state(self) -> list[int]:
+        return [self.stored, self.spacing]
+
+    def set_extra_state(self, state: list[int]) -> None:
+        self.stored, self.spacing = map(int, state)
 
     @torch.no_grad()
     def advance(self, agent: Agent, iteration: int, generator: torch.Generator) -> None:
         """Chooses the opponent of this iteration (1, 2, …) and remembers the agent as it is before its update."""
         before, turns = (math.floor(i * self.args.classical_share) for i in (iteration - 1, iteration))
         self.turn = 1 + before % len(self.classics) if turns > before else 0
-        self.turn = 1 if self.args.opponent == "baseline" else self.turn
-        if self.args.opponent == "lag":
+        if self.args.opponent == "baseline":
+            self.turn = 1
+        elif self.args.opponent == "lag":
             slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
             from_vector(self.actor, self.snapshots[slot])
             self.snapshots[slot] = to_vector(agent)
-        elif self.args.opponent == "pool":
-            if (iteration - 1) % self.spacing == 0 and self.stored == self.args.pool_size:
-                for tensor in (self.snapshots, self.scores, self.born):
-                    kept = tensor[self.guests :: 2].clone()
-                    tensor[self.guests : self.guests + len(kept)] = kept
-                self.stored, self.spacing = len(kept), 2 * self.spacing
+        else:
             if (iteration - 1) % self.spacing == 0:
-                self.snapshots[self.guests + self.stored] = to_vector(agent)
-                self.scores[self.guests + self.stored] = self.scores[: self.guests + self.stored].mean().nan_to_num()
-                self.born[self.guests + self.stored] = iteration - 1
-                self.stored += 1
-            scores = self.scores[: self.guests + self.stored]
-            # By the largest of their logits plus Gumbel noise: a softmax's choice, without waiting for the device
-            logits = torch.zeros_like(scores)
-            if self.args.pool_sampling == "prioritised":
-                logits = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-6)
-            gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
-            self.chosen.copy_((logits + gumbel).argmax(keepdim=True))
-            from_vector(self.actor, self.snapshots[self.chosen][0])
+                self._add(agent, iteration - 1)
+            self._choose(generator)
+
+    def _add(self, agent: Agent, updates: int) -> None:
+        """Adds the agent to the pool, which is thinned out when it is full."""
+        if self.stored == self.args.pool_size:
+            for tensor in (self.snapshots, self.scores, self.born):
+                kept = tensor[self.guests :: 2].clone()
+                tensor[self.guests : self.guests + len(kept)] = kept
+            self.stored = len(kept)
+            self.spacing *= 2
+            if updates % self.spacing != 0:
+                return
+        new = self.guests + self.stored
+        self.snapshots[new] = to_vector(agent)
+        self.scores[new] = self.scores[:new].mean().nan_to_num()
+        self.born[new] = updates
+        self.stored += 1
+
+    def _choose(self, generator: torch.Generator) -> None:
+        """Draws the opponent from guests and pool: the largest logit plus Gumbel noise is a softmax's choice, made
+        without waiting for the device."""
+        scores = self.scores[: self.guests + self.stored]
+        logits = torch.zeros_like(scores)
+        if self.args.pool_sampling == "prioritised":
+            logits = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-6)
+        gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
+        self.chosen.copy_((logits + gumbel).argmax(keepdim=True))
+        from_vector(self.actor, self.snapshots[self.chosen][0])
 
     def policy(self, observation: Tensor) -> Tensor:
-        """Observation (n, size) → environment action (n, 4), without exploration."""
+        """Observation (n, size) → environment action, without exploration."""
         return self.classics[self.turn - 1](observation) if self.turn else self.actor.policy(observation)
 
     def score(self, lead: Tensor) -> None:
-        """Learns from an iteration by how much the opponent's objective was above the agent's, lead ()."""
+        """Learns by how much the opponent's objective was above the agent's in an iteration, lead ()."""
         if self.args.opponent == "pool" and self.turn == 0:
             self.scores[self.chosen] += 0.2 * (lead - self.scores[self.chosen])
 
@@ -457,37 +406,40 @@ def rollout(
 
     The agent's seat goes round from row to row, `opponent` has all others. Also returns by how much the opponent's
     objective was above the agent's, ()."""
-    n, num_makers, device = market.num_envs, market.num_makers, market.device
-    rows = torch.arange(n, device=device)
+    n, num_makers = market.num_envs, market.num_makers
+    rows = torch.arange(n, device=market.device)
     seats = rows % num_makers
     others = market.rivals[seats]  # (n, num_makers − 1)
     observation, _ = market.reset(options={"copies": args.copies})
-    steps, lead = [], torch.zeros((), device=device)
+    steps = []
+    lead = torch.zeros((), device=market.device)
     for _ in range(market.num_steps):
         own = observation[rows, seats]
         normalised = agent.normalise(own)
-        noise = torch.randn(n, 4, generator=generator, device=device)
+        noise = torch.randn(n, len(agent.actor_logstd), generator=generator, device=market.device)
         action, logprob, value = act(normalised, noise)
-        quotes = own.new_empty(n, num_makers, 4)
+        quotes = own.new_empty(n, *market.single_action_space.shape)
         quotes[rows, seats] = agent.to_quote(own, action)
         seen = observation[rows[:, None], others].flatten(0, 1)
         quotes[rows[:, None], others] = opponent(seen).unflatten(0, (n, num_makers - 1))
         observation, reward, _, _, info = market.step(quotes)
-        # Who trades and how the market moves is chance; what the environment knows of its mean is learnt from instead:
-        # the expected edge, no first-order ΔW, and its expected square. The optimum is the same and the noise less.
+        # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
+        # expected edge, no first-order ΔW, and its expected square. The optimum is the same and there is less noise.
         reward = reward - info["noise"]
         earned = reward[rows, seats]
         lead = lead + ((reward.sum(1) - earned) / (num_makers - 1) - earned).mean()
         steps.append((normalised, action, logprob, args.reward_scale * earned, value))
     observations, actions, logprobs, rewards, values = (torch.stack(column) for column in zip(*steps, strict=True))
     advantages = torch.empty_like(rewards)
-    next_value, advantage = torch.zeros_like(rewards[0]), torch.zeros_like(rewards[0])
+    next_value = torch.zeros_like(rewards[0])
+    advantage = torch.zeros_like(rewards[0])
     for t in reversed(range(market.num_steps)):
         error = rewards[t] + args.gamma * next_value - values[t]
         advantage = error + args.gamma * args.gae_lambda * advantage
-        advantages[t], next_value = advantage, values[t]
+        advantages[t] = advantage
+        next_value = values[t]
     returns = advantages + values
-    # Copies of a market differ in what is explored (and in the seat): their mean advantage is luck, and is taken off
+    # Copies of a market differ in their exploration (and in the seat): their mean advantage is luck, and is taken off
     luck = advantages.unflatten(1, (-1, args.copies)).mean(-1) if args.copies > 1 else torch.zeros_like(advantages)
     advantages = advantages - luck.repeat_interleave(args.copies, 1)
     return Batch(*(x.flatten(0, 1) for x in (observations, actions, logprobs, advantages, returns))), lead
@@ -495,12 +447,12 @@ def rollout(
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of a minibatch, and its parts: policy loss, value loss, entropy, approximate KL, clipped fraction."""
-    logprobs, entropy, values = agent.evaluate(batch.observations, batch.actions)
+    logprobs, entropy, values = agent.evaluate_actions(batch.observations, batch.actions)
     logratio = logprobs - batch.logprobs
     ratio = logratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
-        advantages = runs.standardise(advantages)
+        advantages = standardise(advantages)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     value_loss = 0.5 * (values - batch.returns).square().mean()
@@ -513,11 +465,6 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
 
 
 LOSS_NAMES = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac")
-METRICS = (
-    "global_step", "charts/objective", "charts/gain_over_avellaneda_stoikov",
-    "charts/selfplay_objective", "charts/selfplay_half_spread", "charts/SPS", "charts/learning_rate",
-    *LOSS_NAMES, *(f"losses/action_std_{i}" for i in range(4)),
-)  # fmt: skip
 
 
 def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, generator: torch.Generator) -> Tensor:
@@ -530,194 +477,107 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
             loss, loss_parts = loss_function(agent, Batch(*(x[index] for x in batch)), args)
             optimizer.zero_grad()
             loss.backward()
-            runs.average_gradients(agent)  # over the processes of torchrun
+            average_gradients(agent)  # over the processes of torchrun
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             with torch.no_grad():
                 agent.actor_logstd.clamp_(min=math.log(args.min_std))
             parts.append(loss_parts)
-    runs.check_equal_parameters(agent)
+    check_equal_parameters(agent)
     return torch.stack(parts).mean(0)
 
 
-def make_optimizer(args: Args, agent: Agent, device: torch.device) -> torch.optim.Adam:
+def make_optimizer(args: Args, agent: Agent) -> torch.optim.Adam:
     """Adam, with a tensor as learning rate, so that a captured update sees it change."""
+    device = agent.actor_logstd.device
     rate = torch.tensor(args.learning_rate, device=device)
     return torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=device.type == "cuda")
-
-
-def num_updates(args: Args) -> int:
-    return args.total_timesteps // (args.num_envs * args.num_steps * runs.world_size())
 
 
 @torch.no_grad()
 def follow(average: Agent, agent: Agent, args: Args) -> None:
     """Moves the moving average of the weights by one update."""
-    rate = min(1.0, 1.0 / (args.average * num_updates(args)))
+    rate = min(1.0, 1.0 / (args.average * args.num_iterations))
     torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
 
 
 def anneal(optimizer, args: Args, iteration: int) -> None:
-    left = 1.0 - (iteration - 1) / num_updates(args)
+    """Sets the learning rate of this iteration."""
+    left = 1.0 - (iteration - 1) / args.num_iterations
     optimizer.param_groups[0]["lr"].fill_(args.learning_rate * min(1.0, left / args.anneal_share))
 
 
-class Watch:
-    """What is followed while makers learn: their result against the baseline, and how they quote among themselves.
+def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent, dict[str, Tensor]]:
+    """Trains by self-play, from scratch or from where `run` resumes.
 
-    The objective of self-play is no measure of progress: it falls as competition gets tighter."""
-
-    def __init__(self, classics: makers.Makers):
-        baseline = classics.policies[makers.NAMED_MAKER]
-        self.against_baseline = benchmark.Validation(classics.env.like(EPISODES), baseline, "avellaneda_stoikov")
-        self.market = classics.env.env.like(256)
-        self.market.reset(seed=benchmark.VALIDATION_SEED)
-
-    def __call__(self, agent: Agent) -> dict[str, float]:
-        mirror = AgainstRivals(self.market, [agent.policy] * (self.market.num_makers - 1))
-        played = benchmark.play(mirror, agent.policy)
-        measured = {"objective": "objective_centred", "half_spread": "half_spread"}
-        row = {f"charts/selfplay_{name}": float(played[key].mean()) for name, key in measured.items()}
-        return {**self.against_baseline(agent.policy), **row}
-
-
-def train(args: Args, classics: makers.Makers, run_dir: Path, device, checkpoint: dict | None, tracker, guests=None):
-    """Trains from scratch or from `checkpoint`; logs, evaluates and saves `args.num_evaluations` times.
-
-    Returns the agent, the environment steps it was trained for, and what played at each quarter of the run, by name.
+    Returns the moving average of the agent, and snapshots of what played at each quarter of the run, by name.
     """
+    args: Args = run.args
     torch.manual_seed(args.seed)
     market = classics.env.env.like(args.num_envs)
-    agent = Agent(market).to(device)
-    agent.fit(classics.env.like(1024), classics.policies[makers.STRONGEST_MAKER])
+    agent = Agent(market).to(run.device)
+    agent.fit(classics.env.like(1024), classics.policies[STRONGEST_MAKER])
     if args.start_edge is not None:
         agent.linear_maker[0] = args.start_edge
-    known = [classics.policies[name] for name in CLASSICS]
-    guests = guests or {}
-    opponents = Opponents(args, agent, list(guests.values()), known).to(device)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
-    optimizer = make_optimizer(args, agent, device)
-    # Each process of torchrun has its own streams, of the market and of exploration, which also shuffles minibatches
-    generator = torch.Generator(device).manual_seed(runs.rank_seed(args.seed + EXPLORATION_SEED))
-    market.generator.manual_seed(runs.rank_seed(args.seed))
-    pool_generator = torch.Generator(device).manual_seed(args.seed + OPPONENT_SEED)  # they meet the same opponent
-
-    batch_size = args.num_envs * args.num_steps * runs.world_size()
-    num_iterations = num_updates(args)
-    evaluations = {math.ceil(num_iterations * (i + 1) / args.num_evaluations) for i in range(args.num_evaluations)}
-    quarters = {math.ceil(num_iterations * i / 4) for i in range(1, 4)} - {num_iterations}
+    known = [classics.policies[name] for name in CLASSICS]
+    opponents = Opponents(args, agent, list(guests.values()), known).to(run.device)
+    optimizer = make_optimizer(args, agent)
+    generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
+    market.generator.manual_seed(rank_seed(args.seed))
+    pool_generator = torch.Generator(run.device).manual_seed(args.seed + OPPONENT_SEED)  # the same in every process
     snapshots = {"step 0": to_vector(agent)}
-    first, rows = 1, None
-    if checkpoint is not None:
-        try:
-            average.load_state_dict(checkpoint["agent"])
-            agent.load_state_dict(checkpoint["learner"])
-            opponents.load_state_dict(checkpoint["opponents"])
-            opponents.stored, opponents.spacing = map(int, checkpoint["pool"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for group in optimizer.param_groups:  # read onto the CPU, where a captured update would not see it change
-                group["lr"] = group["lr"].to(device)
-            generator.set_state(checkpoint["generator"][runs.rank()])
-            market.generator.set_state(checkpoint["market_generator"][runs.rank()])
-            pool_generator.set_state(checkpoint["pool_generator"])
-            snapshots = {name: snapshot.to(device) for name, snapshot in checkpoint["snapshots"].items()}
-            first, rows = int(checkpoint["iteration"]) + 1, int(checkpoint["rows"])
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            raise runs.UsageError(f"{run_dir}: does not fit this script, or was made on another device") from None
-    metrics = runs.MetricsFile(run_dir / "metrics.csv", METRICS, resume_from=rows)
-
-    def save(iteration: int) -> None:
-        if args.save_model:
-            content = {"phase": PHASE, "args": asdict(args), "iteration": iteration, "rows": metrics.rows}
-            content |= {"agent": average.state_dict(), "learner": agent.state_dict()}
-            content |= {"optimizer": optimizer.state_dict()}
-            content |= {"opponents": opponents.state_dict(), "pool": [opponents.stored, opponents.spacing]}
-            content |= {"snapshots": snapshots, "guests": guests}
-            content |= {"generator": runs.gather(generator.get_state()), "world_size": runs.world_size()}
-            content |= {"market_generator": runs.gather(market.generator.get_state())}
-            content |= {"pool_generator": pool_generator.get_state(), "tracker": tracker.id if tracker else None}
-            content |= {"makers": classics.parameters, "origin": classics.origin}
-            runs.save_checkpoint(run_dir / "checkpoint.pt", content)
-
-    watch = Watch(classics)
-    if checkpoint is None:  # the untrained policy, for the learning curve
-        metrics.write({"global_step": 0, **watch(average)})
-        save(0)
+    run.keep(
+        agent=average, learner=agent, opponents=opponents, optimizer=optimizer, generator=generator,
+        market_generator=market.generator, pool_generator=pool_generator, snapshots=snapshots, guests=guests,
+        makers=classics.parameters, origin=classics.origin,
+    )  # fmt: skip
+    validation = SelfplayValidation(classics, EPISODES)
+    if run.iteration == 0:  # the untrained policy, for the learning curve
+        run.log(validation(average.policy))
     act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     def iterate(turn: int) -> Tensor:
         opponents.turn = turn
         batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
-        opponents.score(runs.average(lead))
+        opponents.score(average_over_ranks(lead))
         losses = update(agent, optimizer, batch, loss_function, args, generator)
         follow(average, agent, args)
         return losses
 
-    if args.cudagraphs:
-        learners, streams = nn.ModuleList([agent, average, opponents]), [generator, market.generator]
-        eager = iterate
-
-        @cache  # a graph for each turn, as each is other code
-        def captured(turn: int):
-            return runs.cuda_graph(partial(eager, turn), learners, optimizer, streams)
-
-        def iterate(turn: int) -> Tensor:
-            return captured(turn)()
-
-    progress = runs.progress_bar(num_iterations * batch_size, (first - 1) * batch_size)
-    progress.set_description("gain over Avellaneda–Stoikov —")
-    clock, clock_steps = time.perf_counter(), 0
-    for iteration in range(first, num_iterations + 1):
+    iterate = run.captured(iterate)
+    quarters = {math.ceil(args.num_iterations * i / 4) for i in range(1, 4)} - {args.num_iterations}
+    for iteration in run.iterations(args.num_iterations, args.steps_per_iteration):
         anneal(optimizer, args, iteration)
         opponents.advance(agent, iteration, pool_generator)
-        try:
-            losses = iterate(opponents.turn)
-        except quoting.BadQuote as error:  # they are NaN
-            raise runs.DivergenceError(
-                f"{error}, by step {iteration * batch_size}; {runs.last_good(run_dir)}"
-            ) from None
-        clock_steps += batch_size
-        progress.update(batch_size)
+        losses = iterate(opponents.turn)
         if iteration in quarters:
-            snapshots[f"step {iteration * batch_size:,}"] = to_vector(agent)
-        if iteration not in evaluations:
-            continue
-        row = {"global_step": iteration * batch_size}
-        row |= dict(zip(LOSS_NAMES, losses.tolist(), strict=True))  # waits for the device, so the speed is honest
-        row["charts/SPS"] = int(clock_steps / (time.perf_counter() - clock))
-        row["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
-        row |= {f"losses/action_std_{i}": std for i, std in enumerate(agent.actor_logstd.exp().tolist())}
-        parameters = {f"parameter {name}": p.sum().item() for name, p in agent.named_parameters()}
-        runs.check_finite({**row, **parameters}, row["global_step"], run_dir)
-        row |= watch(average)
-        metrics.write(row)
-        if tracker:
-            tracker.log(row, step=row["global_step"])
-        save(iteration)
-        gain, objective = row["charts/gain_over_avellaneda_stoikov"], row["charts/objective"]
-        relative = f" ({100 * gain / (objective - gain):+.1f} %)" if objective - gain > 0.01 else ""
-        progress.set_description(f"gain over Avellaneda–Stoikov {gain:+.3f}{relative}")
-        clock, clock_steps = time.perf_counter(), 0
-    progress.close()
-    return average, num_iterations * batch_size, snapshots
+            snapshots[f"step {run.steps:,}"] = to_vector(agent)
+        if run.due(iteration):
+            row = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
+            row |= {f"losses/action_std_{i}": std for i, std in enumerate(agent.actor_logstd.exp().tolist())}
+            row["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
+            run.check_finite(row, agent)
+            row |= validation(average.policy)
+            run.log(row, validation.describe(row))
+    return average, snapshots
 
 
-def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -> Agent:
+def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
     """Trains a copy of `agent` for as many steps again against `agent` itself, which stays as it is.
 
-    What it gains is a lower bound of what the policy leaves to be exploited. Returns the best of ten evaluations of the
-    moving average, and `agent` if none of them is better.
+    What it gains is a lower bound of how far the policy can be exploited. Returns the best of ten evaluations of the
+    moving average, or `agent` if none of them is better.
     """
-    device = market.device
-    market, response = market.like(args.num_envs), copy.deepcopy(agent).requires_grad_(True)
-    optimizer = make_optimizer(args, response, device)
-    generator = torch.Generator(device).manual_seed(runs.rank_seed(args.seed + RESPONSE_SEED + EXPLORATION_SEED))
-    market.generator.manual_seed(runs.rank_seed(args.seed + RESPONSE_SEED))
-    frozen = AgainstRivals(market.like(EPISODES), [agent.policy] * (market.num_makers - 1))
-    validation = benchmark.Validation(frozen, agent.policy, "frozen")
+    args: Args = run.args
+    market = market.like(args.num_envs)
+    response = copy.deepcopy(agent).requires_grad_(True)
     average = copy.deepcopy(agent).requires_grad_(False)
-    best, best_gain = agent, 0.0
+    optimizer = make_optimizer(args, response)
+    generator = run.generator(args.seed + RESPONSE_SEED + EXPLORATION_SEED)
+    market.generator.manual_seed(rank_seed(args.seed + RESPONSE_SEED))
+    validation = Validation(against(market.like(EPISODES), agent.policy), agent.policy, "the agent")
 
     def iterate() -> Tensor:
         batch, _ = rollout(market, response, agent.policy, response.act, args, generator)
@@ -725,23 +585,20 @@ def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -
         follow(average, response, args)
         return losses
 
-    if args.cudagraphs:
-        learners = nn.ModuleList([response, average])
-        iterate = runs.cuda_graph(iterate, learners, optimizer, [generator, market.generator])
-    steps = args.num_envs * args.num_steps * runs.world_size()
-    evaluations = {math.ceil(num_updates(args) * (i + 1) / 10) for i in range(10)}
-    progress = runs.progress_bar(num_updates(args) * steps)
-    for iteration in range(1, num_updates(args) + 1):
+    iterate = run.captured(iterate, response, average, optimizer, generator, market.generator)
+    best = agent
+    best_gain = 0.0
+    evaluations = {math.ceil(args.num_iterations * (i + 1) / 10) for i in range(10)}
+    progress = progress_bar(args.num_iterations * args.steps_per_iteration)
+    for iteration in range(1, args.num_iterations + 1):
         anneal(optimizer, args, iteration)
-        try:
-            iterate()
-        except quoting.BadQuote as error:
-            raise runs.DivergenceError(f"{error}, training the best response; {runs.last_good(run_dir)}") from None
-        progress.update(steps)
+        iterate()
+        progress.update(args.steps_per_iteration)
         if iteration in evaluations:
-            gain = validation(average.policy)["charts/gain_over_frozen"]
+            gain = validation(average.policy)[validation.gain]
             if gain > best_gain:
-                best, best_gain = copy.deepcopy(average), gain
+                best = copy.deepcopy(average)
+                best_gain = gain
             progress.set_description(f"best response to the agent gains {best_gain:+.3f}")
     progress.close()
     return best
@@ -750,194 +607,85 @@ def best_response(args: Args, market: QuotingEnv, agent: Agent, run_dir: Path) -
 # BENCHMARK
 
 
-MARKET = (
-    "dynamics", "volatility", "mean_reversion", "vol_of_vol", "correlation", "num_steps", "num_makers", "arrival_rate",
-    "flow_sd", "choice_sensitivity", "cost_rate", "risk_aversion",
-)  # fmt: skip
-
-
-def run_benchmark(
-    args: Args, classics: makers.Makers, agent: Agent, steps: int, run_dir: Path, model, past: dict, response
+def benchmark(
+    run: Run, classics: Makers, agent: Agent, past: dict[str, Tensor], response: Agent | None, model: Dynamics
 ):
-    """The agent and every classical maker in the same seat on fresh episodes, then all of them and the `past` selves
-    against each other, and the best `response`, if there is one; writes report and figures."""
-    flags = {name: getattr(args, name) for name in MARKET}
-    default_market = flags == {name: getattr(Args(), name) for name in MARKET} and not args.privileged
-    settings = {**flags, "privileged": args.privileged, "run seed": args.seed, "training steps": steps}
-    settings["opponent"] = f"{args.opponent} {args.lag}" if args.opponent == "lag" else args.opponent
+    """The agent, its `past` selves and every classical maker against each other, and the best `response` to the agent:
+    (result, contest, cross-play, competition)."""
+    args: Args = run.args
     title = f"Phase 4 ({args.dynamics}, {args.num_makers} makers, cost {1e4 * args.cost_rate:g} bp, "
-    title += f"risk aversion {args.risk_aversion:g})"
-    market, replayed = classics.env.env, None
-    if args.dynamics == "historical":
-        settings |= {"closes": args.history or "S&P 500", "model fitted until": str(model.dates[0])}
-        settings["cross-play and competition"] = "in the fitted garch"
-        windows = make_market(args, model, model.num_windows(args.num_steps), classics.env.device)
-        replayed = AgainstRivals(windows, classics.env.rivals)
-    contest = makers.quoting_contest(classics, agent.policy, args.eval_episodes, replayed)
-    policies = {**{name: at(snapshot, agent) for name, snapshot in past.items()}, "agent": agent.policy}
-    played = league.cross_play(market, {**policies, **classics.policies}, args.eval_episodes)
-    played.write(run_dir)
-    exploited = None
-    if response is not None:
-        exploited = league.exploitability(market, agent.policy, response.policy, args.eval_episodes)
-    compete = league.competition(market, agent.policy)
-    snapshots = [name for name in past if name.startswith("step ")]
-    judged = None if args.dynamics == "historical" else played
-    result = league.judge_selfplay(title, settings, contest, judged, snapshots, exploited, compete, default_market)
-    result.write(run_dir)
-    if args.dynamics == "historical":
-        apart = contest.non_overlapping(args.num_steps)
-        league.judge_selfplay(
-            f"{title}, non-overlapping windows", settings, apart, None, (), None, compete, default_market
-        ).write(run_dir, "benchmark_non_overlapping")
-        figures.advantage_by_date(run_dir / "advantage_by_date.png", model.dates, contest, title)
-    figures.selfplay_report(run_dir, title, contest, played, compete)
-    return result, played
+    opponent = f"{args.opponent} {args.lag}" if args.opponent == "lag" else args.opponent
+    return selfplay_benchmark(
+        title=f"{title}risk aversion {args.risk_aversion:g})",
+        settings={**args.described(), **run.settings(), "opponent": opponent},
+        agent=agent.policy,
+        classics=classics,
+        past={name: at(snapshot, agent) for name, snapshot in past.items()},
+        response=None if response is None else response.policy,
+        make_market=lambda model, num_envs: make_market(args, model, num_envs, run.device),
+        model=model,
+        episodes=args.eval_episodes,
+        default_market=args.described() == Args().described(),
+    )
 
 
-# MAIN
-
-
-def start_tracker(args: Args, run_dir: Path, run_id: str | None):
-    """Weights & Biases, or None. Online or offline as WANDB_MODE says."""
-    if not args.track or runs.rank() > 0:
-        return None
-    import wandb  # only here: a run without --track needs no account and no import
-
-    try:
-        return wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-            id=run_id, resume="allow", save_code=True,
-        )  # fmt: skip
-    except wandb.errors.Error as error:
-        reason = str(error).splitlines()[0]
-        raise runs.UsageError(f"--track: {reason} (WANDB_MODE=offline works without an account)") from None
-
-
-def finish_tracker(tracker, result: benchmark.Benchmark, played: league.CrossPlay, run_dir: Path) -> None:
-    """Benchmark table, figures, checkpoint and code to W&B."""
-    import wandb
-
-    columns = ["contestant", *next(iter(result.rows.values()))]
-    table = wandb.Table(columns=columns, data=[[name, *row.values()] for name, row in result.rows.items()])
-    means = [[name, *row, rating] for name, row, rating in zip(played.names, played.means, played.ratings, strict=True)]
-    cross_play = wandb.Table(columns=["objective against", *played.names, "rating"], data=means)
-    tracker.log({"benchmark/table": table, "benchmark/cross_play": cross_play})
-    tracker.log({f"benchmark/{path.stem}": wandb.Image(str(path)) for path in sorted(run_dir.glob("*.png"))})
-    tracker.summary["benchmark/passed"] = result.passed
-    for name, share in result.shares.items():
-        tracker.summary[f"benchmark/{name}"] = share.mean
-    for name, advantage in result.advantages.items():
-        tracker.summary[f"benchmark/advantage over {name}"] = advantage.mean
-    if (run_dir / "checkpoint.pt").is_file():
-        artifact = wandb.Artifact(f"{PHASE}-{tracker.id}", type="model")
-        artifact.add_file(str(run_dir / "checkpoint.pt"))
-        tracker.log_artifact(artifact)
-    here = Path(__file__).parent
-    code = {here / Path(__file__).name, *(here / "envs").glob("*.py"), makers.RECORDED}
-    tracker.log_code(str(here), include_fn=lambda path: Path(path) in code)
-    tracker.finish()
-
-
-def agent_of(checkpoint: dict, market: QuotingEnv, source: str) -> Agent:
-    """The agent of a checkpoint, in this market; `source` names it in errors."""
-    agent = Agent(market).to(market.device)
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-    except (RuntimeError, AttributeError, TypeError):
-        raise runs.UsageError(f"{source}: does not fit this script, its networks have other shapes") from None
-    runs.check(all(x.isfinite().all() for x in agent.state_dict().values()), f"{source}: NaN in its networks")
-    return agent
-
-
-def load_agent(args: Args, checkpoint: dict, market: QuotingEnv) -> Agent:
-    """The agent of a checkpoint, to be evaluated in another market than it was trained in, but not on its own past."""
-    agent = agent_of(checkpoint, market, args.evaluate)
-    trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-    length, snapshots = len(to_vector(agent)), checkpoint.get("snapshots")
-    runs.check(isinstance(snapshots, dict), f"{args.evaluate}: does not fit this script, it has no snapshots")
+def load_snapshots(run: Run, agent: Agent) -> dict[str, Tensor]:
+    """The snapshots in the checkpoint that is evaluated."""
+    source = run.args.evaluate
+    length = len(to_vector(agent))
+    snapshots = run.checkpoint.get("snapshots")
+    check(isinstance(snapshots, dict), f"{source}: does not fit this script, it has no snapshots")
     for name, snapshot in snapshots.items():
         fits = isinstance(snapshot, Tensor) and snapshot.shape == (length,)
-        runs.check(fits, f"{args.evaluate}: snapshot {name!r} does not fit this market, it is not of {length} numbers")
-    if args.dynamics == "historical" and trained.dynamics == "garch":
-        seen = trained.history_end
-        apart = trained.history == args.history and seen is not None and seen <= args.history_end
-        until = f"closes of {trained.history or 'the S&P 500'} until {seen or 'their end'}"
-        runs.check(apart, f"--history-end is {args.history_end}, but the agent was trained on {until}")
-    return agent
+        check(fits, f"{source}: snapshot {name!r} does not fit this market, it is not of {length} numbers")
+    return snapshots
 
 
-def load_guests(args: Args, market: QuotingEnv) -> dict[str, Tensor]:
-    """Snapshots of the agents of other runs, by the names of their folders."""
+def load_guests(run: Run, market: QuotingEnv) -> dict[str, Tensor]:
+    """Snapshots of the agents of other runs, by the names of their folders; a checkpoint has its own guests."""
+    if run.checkpoint is not None and run.args.guests == run.trained.guests:
+        return {name: guest.to(run.device) for name, guest in run.checkpoint.get("guests", {}).items()}
     guests = {}
-    for source in args.guests:
-        guest = agent_of(runs.load_checkpoint(source, PHASE, ["agent"]), market, f"--guests {source}")
+    for source in run.args.guests:
+        guest = Agent(market).to(run.device)
+        load_weights(guest, load_checkpoint(source, PHASE, ["agent"])["agent"], f"--guests {source}")
         name = f"guest {(Path(source) if Path(source).is_dir() else Path(source).parent).resolve().name}"
-        runs.check(name not in guests, f"--guests {source}: another guest has the same name")
+        check(name not in guests, f"--guests {source}: another guest has the same name")
         guests[name] = to_vector(guest)
     return guests
 
 
 def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
-    resume_needs = (
-        "rows", "learner", "optimizer", "generator", "market_generator", "pool_generator", "opponents", "pool",
-        "guests", "snapshots", "world_size", "tracker", "makers", "origin",
-    )  # fmt: skip
-    args, checkpoint = runs.parse_command(Args, argv, PHASE, resume_needs)
-    validate(args)
-    model = make_dynamics(args)
-    torch.set_num_threads(args.torch_threads)
-    device = runs.join_ranks(args.cuda)
-    fitted = model.garch if args.dynamics == "historical" else model  # what the makers know
-    market = make_market(args, fitted, args.tuning_episodes, device)
+    run = Run.open(Args, argv, PHASE, QUICK)
+    args: Args = run.args
+    model = make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2)
+    fitted = model.garch if isinstance(model, Historical) else model  # what the makers know
+    market = make_market(args, fitted, args.tuning_episodes, run.device)
     for flag, rows in (("--num-envs", max(args.num_envs, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
-        runs.check_memory(3 * 4 * rows * market.noise_size, device, f"{flag} {rows}")  # noise, marks and a copy
+        check_memory(3 * 4 * rows * market.noise_size, run.device, f"{flag} {rows}")  # noise, marks and a copy
+    agent = Agent(market).to(run.device)
     kept = args.pool_size if args.opponent == "pool" else args.lag
-    runs.check_memory(8 * kept * len(to_vector(Agent(market))), device, f"{kept} past selves (--lag, --pool-size)")
-    name = f"{args.dynamics}__{args.exp_name}__{'evaluate__' if args.evaluate else ''}{args.seed}"
-    run_dir = Path(args.resume or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+    check_memory(8 * kept * len(to_vector(agent)), run.device, f"{kept} past selves (--lag, --pool-size)")
     if args.evaluate is not None:
-        agent = load_agent(args, checkpoint, market)
-        trained = runs.saved_args(Args, checkpoint["args"], args.evaluate)
-        batch_size = trained.num_envs * trained.num_steps * checkpoint.get("world_size", 1)
-        steps, snapshots = batch_size * checkpoint["iteration"], checkpoint["snapshots"]
-    if checkpoint and args.guests == runs.saved_args(Args, checkpoint["args"], "").guests:  # the very same
-        guests = {name: guest.to(device) for name, guest in checkpoint.get("guests", {}).items()}
-    else:
-        guests = load_guests(args, market)
-    tracker = start_tracker(args, run_dir, checkpoint["tracker"] if args.resume and checkpoint else None)
-    if args.resume is None:
-        run_dir = runs.new_folder(run_dir)
-        runs.write_json(run_dir / "args.json", asdict(args))
-    print(f"{run_dir}: {args.dynamics} on {device}; edges in vol points, vega per vol point, S = 100, 252 days a year")
+        run.load(agent)
+        snapshots = load_snapshots(run, agent)
+        check_unseen(args, run.trained)
+    guests = load_guests(run, market)
+    run.begin(args.dynamics, f"{args.dynamics} on {run.device}; edges in vol points, vega per vol point, S = 100")
     print("the classical makers, tuned, are what has to be beaten …", flush=True)
-    if args.resume and checkpoint:  # the very same opponents
-        try:
-            classics = makers.assemble(market, checkpoint["makers"], checkpoint["origin"])
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise runs.UsageError(
-                f"{args.resume}: does not fit this script, its makers have other parameters"
-            ) from None
-    else:
-        classics = makers.classical_makers(market)
-    if args.evaluate is None:
-        with runs.naming_last_good(run_dir):
-            agent, steps, snapshots = train(args, classics, run_dir, device, checkpoint, tracker, guests)
+    classics = classical_makers(market, known=run.saved("makers"), origin=run.saved("origin"))
     response = None
-    if args.exploitability and args.dynamics != "historical":
-        with runs.naming_last_good(run_dir):
-            response = best_response(args, market, agent, run_dir)
-    if runs.rank() > 0:
+    with run.training(BadQuote):  # a quote that is NaN
+        if args.evaluate is None:
+            agent, snapshots = train(run, classics, guests)
+        if args.exploitability and args.dynamics != "historical":
+            response = best_response(run, market, agent)
+    if rank() > 0:
         return True  # the first process benchmarks
-    past = {**snapshots, **guests}
-    result, played = run_benchmark(args, classics, agent, steps, run_dir, model, past, response)
-    print(f"\n{result.title}\n\n{result.table()}\n\n{played.table()}\n\n{played.summary()}\n{result.verdict()}")
-    print(f"report and figures: {run_dir}")
-    if tracker:
-        finish_tracker(tracker, result, played, run_dir)
-    return result.passed
+    result, contest, league, competition = benchmark(run, classics, agent, {**snapshots, **guests}, response, model)
+    return run.finish(result, partial(selfplay_report, contest=contest, league=league, competition=competition))
 
 
 if __name__ == "__main__":
-    runs.run(main, sys.argv[1:])
+    run_main(main, sys.argv[1:])

@@ -1,50 +1,24 @@
-"""The market, its prices, the classical baselines, the exact optima and the benchmark: all the finance of the project.
+"""The market, the classical baselines, the exact optima and the benchmark: all the finance of the project.
 
-Phase scripts import from here; nothing here imports a phase, reads the command line or talks to Weights & Biases.
-Units everywhere: currency for prices and P&L, years of 252 trading days for time, annualised decimals for volatility;
-zero interest rate and dividends.
+Each folder has one purpose, and imports only point down:
+
+    figures                      pictures of a benchmark
+    benchmark                    the same fresh episodes for every contestant, and the verdict
+    baselines optimum calibration    classical strategies; exact references; MARLVol, the market of phase 0
+    market                       prices, models of the underlying, HedgingEnv and QuotingEnv
+    run                          flags, files, resume, torchrun: the manners of a command, no finance
+
+`models.py` builds the model of the underlying that the flags describe, `gym.py` has the environments of gymnasium's
+registry. Nothing here imports a phase script, and only `run` knows Weights & Biases.
 """
 
-import gymnasium as gym
+import gymnasium
 
-from envs import (
-    baselines,
-    benchmark,
-    black_scholes,
-    calibration,
-    dynamics,
-    figures,
-    hedging,
-    makers,
-    marlvol,
-    optimum,
-    quoting,
-    runs,
-    smiles,
-)
-from envs.hedging import HedgingEnv, HedgingGymEnv
-from envs.quoting import AgainstRivals, QuotingEnv, QuotingGymEnv
+from envs.gym import HedgingGymEnv, QuotingGymEnv
+from envs.market.hedging import HedgingEnv
+from envs.market.quoting import AgainstRivals, QuotingEnv
 
-__all__ = [
-    "AgainstRivals",
-    "HedgingEnv",
-    "HedgingGymEnv",
-    "QuotingEnv",
-    "QuotingGymEnv",
-    "baselines",
-    "benchmark",
-    "black_scholes",
-    "calibration",
-    "dynamics",
-    "figures",
-    "hedging",
-    "makers",
-    "marlvol",
-    "optimum",
-    "quoting",
-    "runs",
-    "smiles",
-]
+__all__ = ["AgainstRivals", "HedgingEnv", "HedgingGymEnv", "QuotingEnv", "QuotingGymEnv"]
 
-gym.register("OptionHedging-v0", entry_point="envs:HedgingGymEnv", vector_entry_point="envs:HedgingEnv")
-gym.register("OptionQuoting-v0", entry_point="envs:QuotingGymEnv")
+gymnasium.register("OptionHedging-v0", entry_point="envs.gym:HedgingGymEnv", vector_entry_point="envs:HedgingEnv")
+gymnasium.register("OptionQuoting-v0", entry_point="envs.gym:QuotingGymEnv")

@@ -1,0 +1,148 @@
+"""Classical makers as policies: callables observation (n, size) → action (n, 4) of a maker in a `QuotingEnv`.
+
+Each constructor takes the market that it is built for and the strategy's parameters. A formula published for one asset
+is applied to a book of options by the book's vega.
+"""
+
+import numpy as np
+import torch
+from scipy.linalg import expm
+
+from envs.market import black_scholes
+from envs.market.hedging import Policy
+from envs.market.quoting import QuotingEnv, QuotingState, hedged_volatility_variance
+from envs.market.units import VOL_POINT
+
+Tensor = torch.Tensor
+
+
+def avellaneda_stoikov_quotes(inventory, risk_aversion, variance_rate, time_left, k):
+    """Half-spread and skew of Avellaneda & Stoikov (2008), (29) and (30); the units of price are the caller's.
+
+    Reservation price s + skew, skew = −qγσ²(T − t); half-spread ½γσ²(T − t) + ln(1 + γ/k)/γ.
+
+    Args:
+        inventory: q, units held.
+        risk_aversion: γ > 0, per unit of price (a tensor or a number, like the others).
+        variance_rate: σ² of one unit's price, per unit of time.
+        time_left: T − t.
+        k: decay of the fill intensity A e^{−kδ} with the distance δ from the mid.
+    """
+    risk_aversion = torch.as_tensor(risk_aversion)
+    risk = risk_aversion * variance_rate * time_left
+    return 0.5 * risk + torch.log1p(risk_aversion / k) / risk_aversion, -inventory * risk
+
+
+def glft_quotes(inventory, risk_aversion, variance_rate, k, intensity):
+    """Half-spread and skew of Guéant, Lehalle & Fernandez-Tapia (2013), far from the end, (4.6) and (4.7).
+
+    With c = ln(1 + γ/k)/γ and w = √(σ²γ/(2kA) (1 + γ/k)^{1 + k/γ}): half-spread c + w/2, skew −q w. Arguments as in
+    `avellaneda_stoikov_quotes`; `intensity` is A.
+    """
+    risk_aversion = torch.as_tensor(risk_aversion)
+    log_factor = torch.log1p(risk_aversion / k)
+    power = torch.exp((1.0 + k / risk_aversion) * log_factor)
+    width = (variance_rate * risk_aversion / (2.0 * k * intensity) * power).sqrt()
+    return log_factor / risk_aversion + 0.5 * width, -inventory * width
+
+
+def glft_exact_quotes(
+    risk_aversion: float, variance_rate: float, time_left: float, k: float, intensity: float, limit: int
+):
+    """Exact bid and ask distances of Guéant, Lehalle & Fernandez-Tapia (2013), theorem 1, by the matrix exponential.
+
+    v(t) = e^{−M(T−t)} 1 with M = diag(½kγσ²q²) − η on the first off-diagonals, η = A(1 + γ/k)^{−(1 + k/γ)}.
+
+    Returns:
+        Bid and ask distance from the mid (2·limit + 1,) at inventories −limit … limit; ∞ where the limit forbids it.
+    """
+    inventory = np.arange(-limit, limit + 1)
+    eta = intensity * (1 + risk_aversion / k) ** -(1 + k / risk_aversion)
+    off = np.full(2 * limit, -eta)
+    matrix = np.diag(0.5 * k * risk_aversion * variance_rate * inventory**2) + np.diag(off, 1) + np.diag(off, -1)
+    log_v = np.log(expm(-matrix * time_left).sum(1))
+    constant = np.log1p(risk_aversion / k) / risk_aversion
+    bid = np.append((log_v[:-1] - log_v[1:]) / k + constant, np.inf)
+    ask = np.append(np.inf, (log_v[1:] - log_v[:-1]) / k + constant)
+    return bid, ask
+
+
+MIN_VEGA = 1e-3  # currency per vol point: formulas divide by the vega, which vanishes when a jump leaves every strike
+
+
+def _mean_vega(env: QuotingEnv, state: QuotingState) -> Tensor:
+    """Vega (n,) of the average option, currency per vol point."""
+    arguments = (state.spot[:, None], env.strike, state.time_to_expiry[:, None], state.volatility[:, None])
+    return (VOL_POINT * black_scholes.vega(*arguments).mean(-1)).clamp(min=MIN_VEGA)
+
+
+def _residual_variance(env: QuotingEnv, state: QuotingState) -> Tensor:
+    """Variance rate (n,) of a delta-hedged option per unit of vega, vol points² a year (Stoikov & Sağlam 2009).
+
+    It is (vega α)²(1 − ρ²) + ½Γ²σ⁴S⁴Δt over vega². With one expiry Γ = vega/(S²στ), so it is the same for every option
+    and for the book.
+    """
+    from_volatility = hedged_volatility_variance(env.dynamics, state.variance, env.expiry - state.step)
+    tau = state.time_to_expiry.clamp(min=0.5 * env.dynamics.dt)
+    return from_volatility + 0.5 * (state.volatility / (tau * VOL_POINT)) ** 2 * env.dynamics.dt
+
+
+def constant_spread(env: QuotingEnv, half_spread: float) -> Policy:
+    """The same half-spread, in vol points, whatever is held; Black–Scholes delta hedged every step."""
+    return lambda observation: env.to_action(half_spread=torch.full_like(observation[:, 0], half_spread))
+
+
+def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: float = 1.0) -> Policy:
+    """Avellaneda & Stoikov's quotes on the option book; Black–Scholes delta hedged every step.
+
+    One unit of inventory is one option of average vega. Its risk is the residual of the hedge (Stoikov & Sağlam 2009),
+    its price is in vol points, and T is the end of the episode.
+
+    Args:
+        risk_aversion: γ, 1/currency.
+        k: decay of the fill intensity with the edge, per vol point.
+        spread: multiple of the formula's half-spread that is quoted.
+    """
+
+    def policy(observation: Tensor) -> Tensor:
+        state = env.decode(observation)
+        vega = _mean_vega(env, state)
+        time_left = env.column(observation, "time left") * env.num_steps * env.dynamics.dt
+        arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), time_left, k)
+        half_spread, skew = avellaneda_stoikov_quotes(*arguments)
+        return env.to_action(half_spread=spread * half_spread, skew=skew)
+
+    return policy
+
+
+def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
+    """Guéant, Lehalle & Fernandez-Tapia's quotes far from the end, on the option book; delta hedged every step.
+
+    Arguments and units as in `avellaneda_stoikov`; their A is the arrival rate of takers on one side, all options.
+    """
+    intensity = env.arrival_rate * env.num_options / env.dynamics.dt
+
+    def policy(observation: Tensor) -> Tensor:
+        state = env.decode(observation)
+        vega = _mean_vega(env, state)
+        arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), k, intensity)
+        half_spread, skew = glft_quotes(*arguments)
+        return env.to_action(half_spread=half_spread, skew=skew)
+
+    return policy
+
+
+def minimum_variance_band(env: QuotingEnv, quotes: Policy, band: float) -> Policy:
+    """The quotes of another policy, hedged to the minimum-variance delta with a no-trade band of ±`band` shares.
+
+    The net delta that minimises the variance of the next step is −vega · ∂σ/∂S (Hull & White 2017), ∂σ/∂S how far the
+    volatility of the middle option is expected to move with the spot.
+    """
+
+    def policy(observation: Tensor) -> Tensor:
+        state = env.decode(observation)
+        slope = env.smile.slope(state.step, state.spot / env.initial_spot, state.variance)
+        target = -state.vega * slope[..., slope.shape[-1] // 2] / (VOL_POINT * state.spot)
+        return env.to_action(**{**env.by_name(quotes(observation)), "target": target, "band": band})
+
+    return policy

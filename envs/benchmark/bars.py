@@ -1,0 +1,37 @@
+"""The bars of every verdict. Criteria take their texts from here, and every report prints those that it used."""
+
+MIN_EPISODES = 8192
+
+HEDGE_OPTION = {"gap closed": 0.97}  # share of the way from Black–Scholes to the exact optimum (phase 1)
+HEDGE_BOOK = {"gap closed": 0.95}  # the same (phase 2)
+FREE_TRADING = {"standard errors": 3.0}  # within which agent, optimum and Black–Scholes agree where trading is free
+
+QUOTING = {  # in phase 3's default market
+    "objective gain": 0.30,  # share of Avellaneda–Stoikov's
+    "P&L gain": 0.12,  # share of Avellaneda–Stoikov's
+    "above the strongest classic": 0.2,  # objective, currency
+}
+QUOTING_KNOWN = {  # where a reference is computed
+    "below it": 0.03,  # objective, currency
+    "edge off the best response": 0.03,  # mean relative difference
+}
+
+SELFPLAY = {
+    "objective gain": 0.28,  # share of Avellaneda–Stoikov's, in the default market
+    "best response gains": 0.02,  # share of the agent's objective
+    "snapshot level": 0.05,  # of Holm's test that a past snapshot is ahead of the agent
+}
+SELFPLAY_NEUTRAL = {  # where nothing is risked and hedging is free
+    "edge off Nash": 0.03,  # relative difference
+    "exploitable": 0.003,  # share of the profit, by a best response in closed form
+    "collusion index": 0.1,  # 0 is competition, 1 a cartel
+}
+
+CALIBRATION = {
+    "RMSE": 0.12,  # vol points, of the maturities that are judged
+    "largest error": 0.4,  # vol points
+    "vanilla RMSE": 0.13,  # vol points, in the Bermudan task
+    "switch value": 0.30,  # share of local volatility's, with a path-dependent state
+    "switch value off": 0.05,  # vol points from local volatility's, with the state (t, S)
+    "paths": 1_000_000,
+}

@@ -1,0 +1,212 @@
+"""The benchmark of a maker: the same seat, rivals and takers for every contestant."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from envs.benchmark.bars import QUOTING, QUOTING_KNOWN
+from envs.benchmark.contest import Contest, Validation, play, play_fresh, real_closes, require_episodes
+from envs.benchmark.makers import (
+    AVELLANEDA_STOIKOV,
+    BEST_RESPONSE,
+    GLFT,
+    INVENTORY_DP,
+    RIVAL,
+    STRONGEST_MAKER,
+    Makers,
+    against_rival,
+)
+from envs.benchmark.report import Benchmark, Estimate, compare, relative_gain
+from envs.market.dynamics import GBM, Dynamics
+from envs.market.hedging import Policy
+from envs.market.history import Historical
+from envs.market.quoting import AgainstRivals, QuotingEnv
+from envs.optimum.quotes import best_response, optimal_quotes
+from envs.run.seeds import BENCHMARK_SEED
+
+COLUMNS = {  # key in a contestant's row → title in the table
+    "objective": "objective",
+    "pnl_mean": "P&L mean",
+    "pnl_sd": "P&L sd",
+    "cvar95": "CVaR95",
+    "income": "edge earned",
+    "cost": "hedging cost",
+    "market_share": "market share",
+    "half_spread": "half-spread",
+    "net_delta": "|net delta|",
+    "delta_share": "of gross delta",
+    "net_vega": "|net vega|",
+}
+SPREADS = (0.6, 0.8, 1.0, 1.25, 1.6)  # of the rivals in `rival_sweep`, multiples of what they are in the benchmark
+RISK_AVERSIONS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def quoting_validation(classics: Makers, episodes: int) -> Validation:
+    """`Validation` beside Avellaneda–Stoikov in the same seat."""
+    return Validation(classics.env.like(episodes), classics.policies[AVELLANEDA_STOIKOV], "Avellaneda–Stoikov")
+
+
+def quoting_benchmark(
+    *,
+    title: str,
+    settings: dict,
+    agent: Policy,
+    classics: Makers,
+    make_market: Callable[[Dynamics, int], QuotingEnv],
+    model: Dynamics,
+    episodes: int,
+    default_market: bool,
+) -> tuple[Benchmark, Contest]:
+    """The benchmark of a maker: the contest and its verdict.
+
+    Args:
+        title, settings: of the report.
+        classics: the classical makers in the market that they know.
+        make_market: (model, number of environments) → market.
+        model: of the underlying; with `Historical`, all its windows are the episodes.
+        episodes: number of episodes otherwise.
+        default_market: whether the bars of the default market apply.
+    """
+    contest = quoting_contest(title, classics, agent, make_market, model, episodes)
+    result = judge_quoting(settings, contest, default_market)
+    if contest.dates is not None:
+        apart = contest.non_overlapping()
+        result.others["benchmark_non_overlapping"] = judge_quoting(settings, apart, default_market)
+    contest.sweep = rival_sweep(contest)
+    result.files["rival_sweep.json"] = contest.sweep
+    return result, contest
+
+
+def quoting_contest(
+    title: str,
+    classics: Makers,
+    agent: Policy,
+    make_market: Callable[[Dynamics, int], QuotingEnv],
+    model: Dynamics,
+    episodes: int,
+) -> Contest:
+    """Plays the agent and every classical maker, in the same seat and with the same takers, on fresh episodes.
+
+    Under gbm also the inventory dynamic programming, tuned, or, without risk aversion and costs, the best response,
+    which is exact. Arguments as in `quoting_benchmark`.
+    """
+    market = classics.env.env
+    policies = {"agent": agent, **classics.policies}
+    best = INVENTORY_DP if INVENTORY_DP in policies else STRONGEST_MAKER
+    exact = isinstance(market.dynamics, GBM) and market.risk_aversion == market.cost_rate == 0
+    if exact:
+        best = BEST_RESPONSE
+        policies[best] = optimal_quotes(classics.env)
+    settings = {f"{name}: parameters": list(values) for name, values in classics.parameters.items()}
+    settings |= {"parameters of the makers": classics.origin, "benchmark seed": BENCHMARK_SEED}
+    env = classics.env.like(min(4096, episodes))
+    block = 1
+    dates = None
+    if isinstance(model, Historical):
+        episodes = model.num_windows(market.num_steps)
+        env = AgainstRivals(make_market(model, episodes), classics.env.rivals)
+        settings |= real_closes(model, market.num_steps)
+        block = 2 * market.num_steps  # windows that overlap share days: blocks of twice their length cover that
+        dates = model.dates
+    played = play_fresh(env, policies, episodes, BENCHMARK_SEED)
+    return Contest(title, policies, played, classics.parameters, best, exact, block, settings, classics.env, dates)
+
+
+@torch.no_grad()
+def edge_error(env: AgainstRivals, policy: Policy) -> float:
+    """Mean of |edge / best response − 1| over both sides and all steps of the environment's current market.
+
+    The best response is to what the rivals quote in that very step, as if nothing were risked and hedging free.
+    """
+    market = env.env
+    total = 0.0
+    observation, _ = env.replay()
+    for _ in range(env.num_steps):
+        observation, *_ = env.step(policy(observation))
+        rivals = market.edges[:, env.other_seats].transpose(1, 2)
+        best = best_response(rivals, market.choice_sensitivity, market.reference_edge)
+        total += float((market.edges[:, env.seat] / best - 1.0).abs().mean())
+    return total / env.num_steps
+
+
+def compare_makers(settings: dict, contest: Contest, bars: dict) -> tuple[Benchmark, dict[str, Estimate]]:
+    """The benchmark of a maker before its verdict, and its gains over the named baseline, as shares of that."""
+    agent = contest.played["agent"]
+    named = contest.played[AVELLANEDA_STOIKOV]
+    settings = {**settings, "episodes": len(agent["pnl"]), **contest.settings, "bars": bars}
+    result = compare(contest.title, settings, contest.played, "agent", contest.block, COLUMNS)
+    gains = {}
+    for name, label in (("objective", "objective"), ("pnl", "mean P&L")):
+        if named[name].mean() > 0:  # or a share of it means nothing
+            gains[label] = relative_gain(agent[name], named[name], contest.block)
+            result.shares[f"{label} above {AVELLANEDA_STOIKOV}"] = gains[label]
+    return result, gains
+
+
+def require_gain(result: Benchmark, gains: dict[str, Estimate], label: str, bar: float) -> None:
+    """Adds the criterion that the agent is above the named baseline by the share `bar` of it."""
+    gain = gains[label].mean if label in gains else float("nan")
+    result.require(f"{label} {100 * bar:g} % above {AVELLANEDA_STOIKOV}", gain >= bar, f"{100 * gain:+.1f} %")
+
+
+def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Benchmark:
+    """The verdict on a maker: it must beat every classical one in its seat, with the same takers.
+
+    In the default market the bars QUOTING say by how much, at no higher a standard deviation than the named baseline's.
+    Where a reference is known, QUOTING_KNOWN says how close the agent must come: under gbm to the dynamic programming,
+    and where nothing is risked and hedging is free to the edge of the best response.
+    """
+    reference = contest.best != STRONGEST_MAKER
+    bars = {**(QUOTING if default_market else {}), **(QUOTING_KNOWN if reference else {})}
+    result, gains = compare_makers(settings, contest, bars)
+    if contest.exact:
+        env = contest.env.like(4096)
+        env.reset(seed=BENCHMARK_SEED)
+        error = edge_error(env, contest.policies["agent"])
+        bar = bars["edge off the best response"]
+        result.require(
+            f"edge within {100 * bar:g} % of the best response", error <= bar, f"{100 * error:.2f} % off on average"
+        )
+    else:
+        for name in contest.parameters:
+            if name in contest.played and name != INVENTORY_DP:
+                result.require_advantage(name)
+    if reference:
+        difference = result.advantages[contest.best]
+        bar = bars["below it"]
+        result.require(f"within {bar:g} of {contest.best}", difference.mean >= -bar, str(difference))
+    if default_market:
+        require_gain(result, gains, "objective", bars["objective gain"])
+        require_gain(result, gains, "mean P&L", bars["P&L gain"])
+        own = result.rows["agent"]["pnl_sd"]
+        other = result.rows[AVELLANEDA_STOIKOV]["pnl_sd"]
+        result.require(f"P&L sd no higher than of {AVELLANEDA_STOIKOV}", own <= other, f"{own:.3f}, {other:.3f}")
+        margin = result.advantages[STRONGEST_MAKER].mean
+        bar = bars["above the strongest classic"]
+        result.require(f"{bar:g} above {STRONGEST_MAKER}", margin >= bar, f"{margin:+.4f}")
+    require_episodes(result)
+    return result
+
+
+def rival_sweep(
+    contest: Contest,
+    names: Sequence[str] = ("agent", AVELLANEDA_STOIKOV, GLFT, STRONGEST_MAKER),
+    episodes: int = 1024,
+) -> dict[str, dict[float, dict[str, float]]]:
+    """Objectives against other rivals than the agent was trained against: multiples of their spread and risk aversion.
+
+    Returns:
+        "half-spread" and "risk aversion" → multiple → contestant → mean objective, without the market's noise.
+    """
+    market = contest.env.env.like(episodes)
+    risk_aversion, k, spread = contest.parameters[RIVAL]
+    market.reset(seed=BENCHMARK_SEED)
+    sweep = {"half-spread": {}, "risk aversion": {}}
+    variants = [("half-spread", x, (risk_aversion, k, x * spread)) for x in SPREADS]
+    variants += [("risk aversion", x, (x * risk_aversion, k, spread)) for x in RISK_AVERSIONS]
+    for what, multiple, arguments in variants:
+        env = against_rival(market, arguments)
+        sweep[what][multiple] = {
+            name: float(play(env, contest.policies[name])["objective_centred"].mean()) for name in names
+        }
+    return sweep

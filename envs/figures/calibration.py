@@ -1,0 +1,185 @@
+"""Figures of calibration (phase 0)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
+
+from envs.benchmark.calibration import CONSTANT, DUPIRE, Calibration, rmse
+from envs.benchmark.report import Benchmark
+from envs.calibration.bermudan import Dependence
+from envs.calibration.game import FIRST_JUDGED, STRIKES, CalibrationGame
+from envs.calibration.marlvol import Marlvol
+from envs.figures import style
+from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
+from envs.run.files import read_metrics
+
+Tensor = torch.Tensor
+
+
+def calibration_report(
+    folder: Path, game: CalibrationGame, result: Benchmark, played: Mapping[str, Calibration], market: Marlvol
+) -> None:
+    """The figures of a calibrated smile: smiles, local volatility, and learning curve if the folder has a metrics.csv."""
+    title = result.title
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:
+        colours = {CONSTANT: BASELINE, DUPIRE: OPTIMUM}
+        levels = {name: (result.rows[name]["rmse"], colour) for name, colour in colours.items()}
+        calibration_curve(folder / "learning_curve.png", curve, levels, f"{title}: training")
+    continuum_of_smiles(folder / "smiles.png", game, played, title)
+    learnt_local_volatility(folder / "local_volatility.png", market, title)
+
+
+def calibration_curve(path: Path, curve: list[dict], levels: Mapping[str, tuple[float, str]], title: str) -> None:
+    """RMSE during training beside the levels (label → level, colour) of models that do not learn."""
+    figure, axes = style.new()
+    steps = [row["global_step"] / 1e6 for row in curve]
+    error = [row["charts/rmse"] for row in curve]
+    worst = [row["charts/max_error"] for row in curve]
+    axes.semilogy(steps, error, color=AGENT, marker=".", label="agent (mean action): RMSE")
+    axes.semilogy(steps, worst, color=AGENT, linestyle=":", linewidth=1, label="agent: largest error")
+    for label, (level, colour) in levels.items():
+        axes.axhline(level, color=colour, linestyle="--", label=f"{label}: RMSE {level:.3f}")
+    axes.set(title=title, xlabel="player steps (millions)", ylabel="error of implied volatility (vol points)")
+    style.legend(axes)
+    style.save(figure, path)
+
+
+def continuum_of_smiles(path: Path, game: CalibrationGame, played: Mapping[str, Calibration], title: str) -> None:
+    """The smiles of market and models, as the paper's figure 1, and the errors of agent and Dupire everywhere."""
+    figure, panels = style.new(1, 3, (17, 5), gridspec_kw={"width_ratios": (1.6, 1, 1)})
+    _smile_panel(panels[0], game, played)
+    for axis, name in zip(panels[1:], ("agent", DUPIRE), strict=True):
+        image = _error_panel(axis, game, played[name].errors, name)
+    panels[1].set_ylabel("maturity (trading days)")
+    figure.colorbar(image, ax=panels[1:], label="model − market (vol points)")
+    figure.suptitle(f"{title}: the continuum of smiles", y=1.04)
+    style.save(figure, path)
+
+
+def _smile_panel(axis: Axes, game: CalibrationGame, played: Mapping[str, Calibration]) -> None:
+    """Implied volatilities of six maturities: the market's as lines, the models' as marks."""
+    maturities = game.days.tolist()
+    shown = sorted({day for day in (7, 14, 21, 30, 40, game.num_steps) if day <= game.num_steps})
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(shown)))
+    for day, colour in zip(shown, colours, strict=True):
+        i = maturities.index(day)
+        strike = game.strike[i].cpu().numpy()
+        market = 100 * game.market_volatility[i].cpu().numpy()
+        axis.plot(strike, market, color=colour, label=f"day {day}")
+        axis.plot(strike, market + played["agent"].errors[i].numpy(), "o", color=colour, markersize=4)
+        axis.plot(strike, market + played[DUPIRE].errors[i].numpy(), "x", color=colour, markersize=4, alpha=0.6)
+    axis.plot([], [], "ko", markersize=4, label="agent")
+    axis.plot([], [], "kx", markersize=4, label=DUPIRE)
+    axis.set(
+        title="smiles of the market (lines) and of the models (marks)",
+        xlabel="strike / spot",
+        ylabel="implied volatility (%)",
+    )
+    style.legend(axis, ncols=2)
+
+
+def _error_panel(axis: Axes, game: CalibrationGame, errors: Tensor, name: str) -> AxesImage:
+    """Heat map of a model's errors (days, strikes), vol points; the line is where the verdict begins."""
+    first, *_, last = game.days.tolist()
+    half = float(STRIKES[1] - STRIKES[0]) / 2  # of a cell
+    extent = (float(STRIKES[0]) - half, float(STRIKES[-1]) + half, last + 0.5, first - 0.5)
+    image = axis.imshow(errors.numpy(), aspect="auto", extent=extent, cmap="RdBu", vmin=-0.4, vmax=0.4)
+    axis.axhline(FIRST_JUDGED - 0.5, color="black", linewidth=0.8, linestyle="--")
+    axis.set_title(f"{name}\nRMSE {float(rmse(errors)):.3f} below the line")
+    axis.set_xlabel("ln(strike / spot) (standard deviations)")
+    axis.grid(False)
+    return image
+
+
+def learnt_local_volatility(path: Path, market: Marlvol, title: str) -> None:
+    """The learnt √E[σ_t²|S_t] beside Dupire's local volatility of the same smile, where 99 % of the paths are."""
+    figure, axes = style.new()
+    game = market.game
+    shown = [day for day in (5, 15, 30, game.num_steps - 1) if day < game.num_steps]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(shown)))
+    for day, colour in zip(shown, colours, strict=True):
+        log_spot = torch.linspace(-2.6, 2.0, 93) * game.grid.scale[day]
+        spot = log_spot.exp()
+        learnt = 100 * market.typical_variance(torch.tensor(day * market.steps_per_day), spot).sqrt()
+        dupire = 100 * game.grid.lookup(game.local_volatility[day][None], day, log_spot[None])[0]
+        axes.plot(spot, learnt, color=colour, label=f"day {day}")
+        axes.plot(spot, dupire, "--", color=colour, linewidth=1)
+    axes.plot([], [], "k-", label="learnt")
+    axes.plot([], [], "k--", linewidth=1, label="Dupire")
+    axes.set(title=f"{title}: local volatility", xlabel="spot / initial spot", ylabel="volatility (%)")
+    style.legend(axes)
+    style.save(figure, path)
+
+
+def bermudan_report(folder: Path, result: Benchmark, learnt: Dependence, beside: str | None) -> None:
+    """The figures of a Bermudan: what volatility depends on, and the price during training.
+
+    Args:
+        folder: of the run; without a metrics.csv in it the price during training is not drawn.
+        beside: folder of another run, whose price is drawn too.
+    """
+    title = result.title
+    curves = {"this run": read_metrics(folder / "metrics.csv")}
+    if beside is not None:
+        curves[Path(beside).name] = read_metrics(Path(beside) / "metrics.csv")
+    if curves["this run"]:
+        bermudan_training(folder / "learning_curve.png", curves, result, title)
+    learnt_dependence(folder / "learnt_dependence.png", learnt, title)
+
+
+def bermudan_training(path: Path, curves: Mapping[str, list[dict]], result: Benchmark, title: str) -> None:
+    """Bermudan price (label → rows of a metrics.csv) beside local volatility's and the European floor."""
+    figure, axes = style.new()
+    for (label, curve), colour in zip(curves.items(), (AGENT, OTHER), strict=False):
+        steps = [row["global_step"] / 1e6 for row in curve]
+        axes.plot(steps, [1e4 * row["charts/bermudan_price"] for row in curve], color=colour, marker=".", label=label)
+    dupire = result.rows[DUPIRE]["price"]
+    floor = result.rows["agent"]["floor"]
+    axes.axhline(dupire, color=BASELINE, linestyle="--", label=f"{DUPIRE}: {dupire:.1f}")
+    axes.axhline(floor, color="black", linestyle=":", label=f"European floor: {floor:.1f}")
+    axes.set(
+        title=f"{title}: Bermudan price during training",
+        xlabel="player steps (millions)",
+        ylabel="price (bp of the spot)",
+    )
+    style.legend(axes)
+    style.save(figure, path)
+
+
+def learnt_dependence(path: Path, learnt: Dependence, title: str) -> None:
+    """Mean of the learnt m and of the localised volatility against ln S_t1 and against ln S_t, after t1."""
+    figure, axes = style.new(2, 2, (12, 8))
+    rows = {
+        "learnt multiplier m (before localisation)": learnt.log_multiplier.exp(),
+        "localised volatility (%)": 100.0 * learnt.volatility,
+    }
+    columns = {"ln S_t1": learnt.log_spot_t1, "ln S_t, t > t1": learnt.log_spot}
+    for row, (ylabel, values) in zip(axes, rows.items(), strict=True):
+        for axis, (xlabel, log_spot) in zip(row, columns.items(), strict=True):
+            axis.plot(*_binned(log_spot, values), color=AGENT, marker=".", label="mean over paths and days")
+            axis.set(xlabel=xlabel, ylabel=ylabel)
+        bend = "where the mean localised volatility bends"
+        row[0].axvline(0.0, color=BASELINE, linestyle="--", label="strike k1")
+        row[0].axvline(np.log(learnt.kink), color=OPTIMUM, linestyle=":", label=bend)
+    for axis in axes.flat:
+        style.legend(axis)
+    figure.suptitle(f"{title}: what the learnt volatility depends on")
+    figure.tight_layout()
+    style.save(figure, path)
+
+
+def _binned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of x and of y, of one shape, in 40 bins of x between its quantiles 1 % and 99 %: (40,) each."""
+    x = x.flatten().cpu()
+    y = y.flatten().cpu()
+    sample = x[:: max(1, len(x) // 200_000)]  # `quantile` takes no more than 16 million
+    index = torch.bucketize(x, torch.quantile(sample, torch.linspace(0.01, 0.99, 41)))
+    count = torch.bincount(index, minlength=42)[1:-1].clamp(min=1)
+    mean_x, mean_y = (torch.bincount(index, value.double(), 42)[1:-1] / count for value in (x, y))
+    return mean_x, mean_y

@@ -1,0 +1,141 @@
+"""Figures of self-play (phase 4)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from envs.benchmark.contest import Contest
+from envs.benchmark.league import Competition, CrossPlay
+from envs.benchmark.makers import AVELLANEDA_STOIKOV, STRONGEST_MAKER
+from envs.figures import style
+from envs.figures.quoting import quoting_episode, quoting_report
+from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
+from envs.market.quoting import AgainstRivals
+from envs.run.files import read_metrics
+
+
+def selfplay_report(folder: Path, contest: Contest, league: CrossPlay, competition: Competition) -> None:
+    """The figures of self-play: those of a quoting benchmark, cross-play, market shares, an episode of the agent
+    against copies of itself; and its edge over training if the folder has a metrics.csv."""
+    title = contest.title
+    quoting_report(folder, contest)
+    cross_play(folder / "cross_play.png", league, title)
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:
+        path = folder / "edge_over_training.png"
+        edge_over_training(path, {"this run": curve}, competition.nash, competition.monopoly, title)
+    market = contest.env.env
+    copies = [contest.policies["agent"]] * (market.num_makers - 1)
+    mirror = replace(contest, env=AgainstRivals(market, copies), title=f"{title}: the agent against copies of itself")
+    quoting_episode(folder / "selfplay_episode.png", mirror, {"agent": AGENT}, "copy")
+    market_shares(folder / "market_shares.png", league, market.num_makers, title)
+
+
+def cross_play(path: Path, league: CrossPlay, title: str) -> None:
+    """Heat map of every policy's objective against every other, and the ratings."""
+    size = len(league.names)
+    figure, (heat, bars) = style.new(1, 2, (7.5 + 0.75 * size, 2.4 + 0.5 * size), width_ratios=(2.2, 1))
+    _objective_panel(figure, heat, league)
+    _rating_panel(bars, league)
+    figure.suptitle(f"{title}: cross-play")
+    figure.tight_layout()
+    style.save(figure, path)
+
+
+def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay) -> None:
+    """Objectives, coloured by the lead over the agent against the same rivals.
+
+    The objectives themselves differ more between columns (how tough a rival is) than between rows (how good a policy
+    is). The colours are scaled to the snapshots, so that what changes in training can be seen.
+    """
+    names = league.names
+    means = league.means
+    lead = means - means[names.index("agent")]
+    snapshots = [name.startswith("step ") for name in names]
+    most = float(np.abs(lead[snapshots]).max(initial=1e-6))
+    image = axis.imshow(lead, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    for i in range(len(names)):
+        for j in range(len(names)):
+            colour = "white" if abs(lead[i, j]) > 0.7 * most else "black"
+            axis.text(j, i, f"{means[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    axis.grid(False)
+    axis.set(xlabel="rivals", ylabel="policy", title="objective (currency) of the row against the column")
+    figure.colorbar(image, ax=axis, label="above the agent's (currency)", extend="both", pad=0.02)
+
+
+def _rating_panel(axis: Axes, league: CrossPlay) -> None:
+    rows = range(len(league.names))
+    learnt = [name == "agent" or name.startswith("step ") for name in league.names]
+    axis.barh(rows, league.ratings, color=[AGENT if own else BASELINE for own in learnt])
+    axis.axvline(0.0, color="black", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set_yticks(rows, [])
+    for i, rating in enumerate(league.ratings):
+        axis.text(max(rating, 0.0), i, f" {rating:+.2f}", va="center", fontsize=8)
+    axis.margins(x=0.2)
+    axis.set_title(f"rating ({100 * league.intransitivity:.2f} % of the margins intransitive)")
+    axis.set_xlabel("objective above the average policy's (currency)")
+
+
+def edge_over_training(path: Path, curves: Mapping[str, list[dict]], nash: float, monopoly: float, title: str) -> None:
+    """Mean half-spread of the agent among copies of itself over training: label → rows of a run's metrics.csv."""
+    figure, axes = style.new()
+    shades = (AGENT, BASELINE, OTHER, "#b8860b", "#6a3d9a", "#008b8b")
+    for (label, curve), colour in zip(curves.items(), cycle(shades), strict=False):
+        steps = [row["global_step"] / 1e6 for row in curve]
+        edges = [row["charts/selfplay_half_spread"] for row in curve]
+        axes.plot(steps, edges, color=colour, marker=".", label=label)
+    axes.axhline(nash, color=OPTIMUM, linestyle="-", label=f"Nash without risk and costs ({nash:.3f})")
+    axes.axhline(monopoly, color="black", linestyle=":", label=f"monopoly without risk and costs ({monopoly:.3f})")
+    axes.set(
+        xlabel="environment steps (millions)", ylabel="mean half-spread, the same policy in all seats (vol points)"
+    )
+    style.legend(axes)
+    axes.set_title(f"{title}:\ndo makers that learn from each other compete or collude?", fontsize=10)
+    style.save(figure, path)
+
+
+def market_shares(path: Path, league: CrossPlay, num_makers: int, title: str) -> None:
+    """Who gets the takers: the agent, its rivals, nobody, for every kind of rival; and the snapshots of training."""
+    figure, (rivals, training) = style.new(1, 2, (14, 0.45 * len(league.names) + 2.2), width_ratios=(1.5, 1))
+    _taker_panel(rivals, league, num_makers)
+    _snapshot_panel(training, league, num_makers)
+    for axis in (rivals, training):
+        style.legend(axis, fontsize=8)
+    figure.suptitle(f"{title}: market shares")
+    figure.tight_layout()
+    style.save(figure, path)
+
+
+def _taker_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
+    agent = league.names.index("agent")
+    own = 100 * league.share[agent]
+    others = 100 * league.others_share[agent]
+    rows = np.arange(len(league.names))
+    axis.barh(rows, own, color=AGENT, label="the agent")
+    axis.barh(rows, others, left=own, color=BASELINE, label="its rivals" if num_makers > 2 else "its rival")
+    axis.barh(rows, 100 - own - others, left=own + others, color=OTHER, alpha=0.5, label="nobody: they walk away")
+    axis.set_yticks(rows, league.names)
+    axis.invert_yaxis()
+    axis.set(xlabel="share of the takers (%)", ylabel="rivals", title="takers of the agent against each kind of rival")
+
+
+def _snapshot_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
+    names = league.names
+    snapshots = [name for name in names if name.startswith("step ")] + ["agent"]
+    rows = [names.index(name) for name in snapshots]
+    styles = {AVELLANEDA_STOIKOV: (BASELINE, "s--"), STRONGEST_MAKER: (OTHER, "^:"), "agent": (AGENT, "o-")}
+    for name, (colour, line) in styles.items():
+        own = league.share[rows, names.index(name)]
+        others = league.others_share[rows, names.index(name)]
+        axis.plot(range(len(rows)), 100 * (own / (own + others)), line, color=colour, label=f"against {name}")
+    axis.axhline(100 / num_makers, color="black", linewidth=0.8, label="an equal share")
+    axis.set_xticks(range(len(rows)), snapshots, rotation=20, ha="right")
+    axis.set(ylabel="share of all trades (%)", title="market share of each snapshot")

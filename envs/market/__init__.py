@@ -1,0 +1,1 @@
+"""Prices, models of the underlying, and the environments. Imports nothing of the other folders but seeds."""

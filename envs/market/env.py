@@ -1,0 +1,148 @@
+"""MarketEnv: what HedgingEnv and QuotingEnv have in common.
+
+What is observed and what an action consists of stand in one table each. Spaces, columns and checks follow from them.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate, groupby
+from typing import NamedTuple, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+Tensor = torch.Tensor
+
+
+class Part(NamedTuple):
+    """A part of an observation.
+
+    width: number of columns.
+    values: environment → its current values, (…, width) or a shape that broadcasts to it.
+    unit: natural units of 1 in the observation, a number or (width,).
+    over_time: for speed, where actions change nothing: `values` gives all times at once, (num_steps + 1, …, width), and
+        is called when the market is set.
+    """
+
+    width: int
+    values: Callable[["MarketEnv"], Tensor]
+    unit: Tensor | float = 1.0
+    over_time: bool = False
+
+
+class MarketEnv(VectorEnv):
+    """Base class of the batched environments, torch tensors in and out.
+
+    A subclass adds an observation by a row in `observation_parts` and an action by a row in `action_bounds`, at any
+    place in them:
+
+        class MyEnv(QuotingEnv):
+            def observation_parts(self):
+                return {**super().observation_parts(), "spot": Part(1, lambda env: env.spot[env.t][:, None, None])}
+
+            def action_bounds(self):
+                return {**super().action_bounds(), "tilt": (-5.0, 5.0)}
+
+    The method that uses a number of an action finds it by name (`by_name`). A subclass with arguments of its own adds
+    them to `settings` in its constructor, for `like`.
+
+    Attributes:
+        settings: arguments of the constructor.
+        columns: name of a part of the observation → slice of its columns.
+        bounds: name of a number of an action → its lowest and highest value in the action space.
+        t: steps made so far.
+        generator: source of all randomness; random until `reset(seed=…)`.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}
+
+    def observation_parts(self) -> dict[str, Part]:
+        """The parts of an observation by name, in order."""
+        raise NotImplementedError
+
+    def action_bounds(self) -> dict[str, tuple[float, float]]:
+        """The numbers of an action by name, in order, each with its lowest and highest value in the action space."""
+        raise NotImplementedError
+
+    def _read_tables(self) -> tuple[gym.spaces.Box, gym.spaces.Box]:
+        """Sets `columns` and `bounds`; returns the spaces of one agent's observation and action."""
+        self.parts = self.observation_parts()
+        ends = list(accumulate((part.width for part in self.parts.values()), initial=0))
+        self.columns = dict(zip(self.parts, map(slice, ends[:-1], ends[1:]), strict=True))
+        self.bounds = self.action_bounds()
+        low, high = zip(*self.bounds.values(), strict=True)
+        observation = gym.spaces.Box(-np.inf, np.inf, (ends[-1],), np.float32)
+        return observation, gym.spaces.Box(np.array(low, np.float32), np.array(high, np.float32), dtype=np.float32)
+
+    def _set_spaces(self, observation: gym.spaces.Box, action: gym.spaces.Box) -> None:
+        """Sets the spaces from those of one environment."""
+        self.single_observation_space = observation
+        self.single_action_space = action
+        self.observation_space = gym.vector.utils.batch_space(observation, self.num_envs)
+        self.action_space = gym.vector.utils.batch_space(action, self.num_envs)
+
+    def _close_episode(self) -> None:
+        """The state before the first reset: a step is an error, and the generator has a random seed."""
+        self.generator = torch.Generator(self.device)
+        self.generator.seed()
+        self.t = self.num_steps
+
+    def like(self, num_envs: int) -> Self:
+        """The same environment with another number of rows."""
+        return type(self)(**{**self.settings, "num_envs": num_envs})
+
+    def _seed(self, seed: int | None, options: dict | None) -> None:
+        """Checks and applies the arguments of `reset` that all environments have."""
+        mask = (options or {}).get("reset_mask")
+        if mask is not None and not np.all(mask):
+            raise ValueError("all environments end together: reset_mask must be all True")
+        if seed is not None:
+            self.generator.manual_seed(seed)
+
+    def _check_running(self) -> None:
+        if self.t >= self.num_steps:
+            raise RuntimeError("the episode is over (or never began): call reset()")
+
+    def _join_parts(self) -> None:
+        """Evaluates the parts that are known for all times, neighbours joined: each then takes one operation a step."""
+        self.blocks = []
+        for over_time, parts in groupby(self.parts.values(), lambda part: part.over_time):
+            if over_time:
+                values = [part.values(self) for part in parts]
+                shape = torch.broadcast_shapes(*(x.shape[:-1] for x in values))
+                self.blocks.append(torch.cat([x.expand(*shape, -1) for x in values], -1))
+            else:
+                self.blocks += parts
+
+    def observe(self) -> Tensor:
+        """Observation of the current state: (num_envs, size), or (num_envs, num_makers, size) with several makers."""
+        blocks = [x[self.t] if isinstance(x, Tensor) else x.values(self) for x in self.blocks]
+        return torch.cat([x.expand(*self.holding.shape, -1) for x in blocks], -1)
+
+    def column(self, observation: Tensor, name: str) -> Tensor:
+        """A part of one column (…) of observations (…, size)."""
+        return observation[..., self.columns[name].start]
+
+    def by_name(self, actions: Tensor) -> dict[str, Tensor]:
+        """Actions (…, size) → each of their numbers (…) by name.
+
+        Raises:
+            ValueError: `actions` have another number of columns.
+        """
+        if actions.shape[-1] != len(self.bounds):
+            names = ", ".join(self.bounds)
+            raise ValueError(f"actions have {actions.shape[-1]} columns ({len(self.bounds)}: {names})")
+        return dict(zip(self.bounds, actions.unbind(-1), strict=True))
+
+    def to_action(self, **numbers: Tensor | float) -> Tensor:
+        """Actions (…, size) from their numbers by name, one of them at least a tensor (…); those not named are 0.
+
+        So a policy that knows the numbers of this environment also works in a subclass that has more.
+        """
+        unknown = numbers.keys() - self.bounds.keys()
+        if unknown:
+            raise ValueError(f"an action has no {', '.join(sorted(unknown))} (only {', '.join(self.bounds)})")
+        example = next(x for x in numbers.values() if isinstance(x, Tensor))
+        values = [numbers.get(name, 0.0) for name in self.bounds]
+        return torch.stack([x if isinstance(x, Tensor) else torch.full_like(example, x) for x in values], -1)

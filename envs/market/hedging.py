@@ -1,0 +1,462 @@
+"""HedgingEnv: hedge a book of options at a cost, many episodes at once, everything a tensor on one device.
+
+The market maker holds a book of European options that are settled in cash, and trades the underlying once a step. In
+phase 1 the book is one sold call. In phase 2 clients keep trading with it: on every option and side orders arrive as a
+Poisson process, at given prices, whatever the hedging policy does. Within a step the orders arrive, the market maker
+trades at the current spot, then the market moves. With W = cash + shares + options marked at Black–Scholes and ΔW its
+change as the market moves, the reward is
+
+    r_t = income_t + ΔW_t − cost_t − ½ · risk_aversion · ΔW_t²          (Kolm & Ritter 2019, eq. 7)
+
+where cost_t = cost_rate · |shares traded| · spot, charged on the opening trade and on the final unwinding too, and
+income_t is the client spread on the step's orders.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import nbinom, poisson
+
+from envs.market import black_scholes
+from envs.market.black_scholes import normal_cdf
+from envs.market.dynamics import GBM, Dynamics, draw_noise
+from envs.market.env import MarketEnv, Part
+from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY
+
+Tensor = torch.Tensor
+
+Policy = Callable[[Tensor], Tensor]  # observation (n, size) → action (n, size of an action)
+
+
+class Option(NamedTuple):
+    """A European option: strike in currency, expiry as the step at whose beginning it is settled in cash."""
+
+    strike: float
+    expiry: int
+    is_call: bool = True
+
+
+def option_grid(strikes: Sequence[float], expiries: Sequence[int], spot: float = 100.0) -> list[Option]:
+    """One option for every strike and expiry, the one out of the money: puts below the spot, calls from there up.
+
+    Clients trade options out of the money. The option in the money is, by put–call parity, the same option and a share.
+
+    Args:
+        strikes: increasing, currency.
+        expiries: increasing, steps from the start.
+
+    Raises:
+        ValueError: strikes or expiries empty or not increasing.
+    """
+    for name, values in (("strikes", strikes), ("expiries", expiries)):
+        if len(values) == 0 or any(a >= b for a, b in pairwise(values)):
+            raise ValueError(f"{name} are {', '.join(f'{x:g}' for x in values) or 'none'} (one or more, increasing)")
+    return [Option(float(strike), expiry, strike >= spot) for expiry in expiries for strike in strikes]
+
+
+class OrderLaw:
+    """Orders of one kind in one step: their number is Poisson, their sizes are geometric (1, 2, …) and independent.
+
+    `draw` inverts the joint distribution function of (number, total size), so it takes one normal.
+
+    Args:
+        rate: mean number of orders in a step, ≥ 0.
+        mean_size: mean size of an order, options, ≥ 1 (1: every order is for one option).
+    """
+
+    def __init__(self, rate: float, mean_size: float, device: torch.device, dtype: torch.dtype):
+        self.rate = rate
+        self.mean_size = mean_size
+        # Variance of the total size in a step: rate · E[size²] of the geometric distribution
+        self.variance = rate * mean_size * (2.0 * mean_size - 1.0)
+        numbers, sizes, probabilities = self._cells()
+        self.probabilities = np.array(probabilities) / np.sum(probabilities)
+        self.sizes = np.array(sizes)
+        # P(cell or a later one). Rare cells come last, so the numbers near 0, where floats are dense, are theirs.
+        tail = np.cumsum(self.probabilities[::-1])
+        self.tail = torch.tensor(tail[:-1], device=device, dtype=dtype)  # increasing
+        self.number = torch.tensor(numbers[::-1], device=device, dtype=dtype)
+        self.size = torch.tensor(sizes[::-1], device=device, dtype=dtype)
+
+    def _cells(self) -> tuple[list[int], list[int], list[float]]:
+        """Every (number, total size) that is not too rare to matter, and its probability."""
+        numbers, sizes, probabilities = [0], [0], [poisson.pmf(0, self.rate)]
+        for number in range(1, int(poisson.isf(1e-10, self.rate)) + 2):
+            extra = np.zeros(1, int)  # total size beyond one option per order
+            share = np.ones(1)
+            if self.mean_size > 1:
+                p = 1.0 / self.mean_size
+                extra = np.arange(int(nbinom.isf(1e-8, number, p)) + 1)
+                share = nbinom.pmf(extra, number, p)
+            numbers += [number] * len(extra)
+            sizes += [*(number + extra)]
+            probabilities += [*(poisson.pmf(number, self.rate) * share)]
+        return numbers, sizes, probabilities
+
+    def size_probabilities(self) -> np.ndarray:
+        """P(total size of a step's orders = 0, 1, …)."""
+        return np.bincount(self.sizes, self.probabilities)
+
+    def draw(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard normals → number of orders and their total size, each of the shape of `noise`."""
+        cell = torch.bucketize(normal_cdf(-noise), self.tail)
+        return self.number[cell], self.size[cell]
+
+
+def nearest_in_band(net_delta: Tensor, centre: Tensor, half_width: Tensor) -> Tensor:
+    """Net delta (…) → the nearest one in [centre − half-width, centre + half-width]; negative widths count as 0."""
+    half_width = half_width.clamp(min=0)
+    return torch.minimum(torch.maximum(net_delta, centre - half_width), centre + half_width)
+
+
+class HedgingState(NamedTuple):
+    """An observation in natural units; (n,), the last three (n, num_options)."""
+
+    step: Tensor  # trades made so far, 0 … num_steps, integer
+    spot: Tensor  # currency
+    variance: Tensor  # annualised variance that drives the next step
+    delta: Tensor  # Black–Scholes delta of the book, shares
+    gamma: Tensor  # Black–Scholes gamma of the book, shares per currency
+    holding: Tensor  # shares held before this step's trade
+    position: Tensor  # options held, + long; 0 once expired
+    volatility: Tensor  # the mark's: √(expected average variance to expiry)
+    time_to_expiry: Tensor  # years
+
+
+class HedgingEnv(MarketEnv):
+    """A book of European options, fed by client orders and hedged with shares at a proportional cost.
+
+    Args:
+        num_envs: episodes played side by side; all start and end together.
+        dynamics: model of the underlying (`envs.market.dynamics`); its `dt` is the time between trades.
+        num_steps: trades in an episode (default 30 trading days).
+        options: the options of the book; the last ones expire at `num_steps`, where the episode ends. By default one
+            call struck at the spot. See `option_grid`.
+        initial_position: of every option, + long; taken at its mark. By default short one.
+        arrival_rate: mean number of client orders a step, on each option and side, while the option lives.
+        mean_order_size: of their geometric size, options.
+        client_spread: what a client pays per option over (or gets below) its mark, currency.
+        spot: initial spot, currency.
+        cost_rate: proportional cost per unit of currency traded (1e-3 = 10 bp).
+        risk_aversion: weight of ½ΔW², 1/currency.
+        device, dtype: where and in what precision everything lives.
+
+    Action (n, 2), see `action_bounds`: a no-trade band around the hedge of the book's Black–Scholes delta, its offset
+    and its half-width ≥ 0, both in shares. The holding moves to the nearest edge of [−Δ + offset − half-width,
+    −Δ + offset + half-width]. A half-width of 0 is a plain target, so every hedging strategy can be written as a band.
+    A negative half-width counts as 0.
+
+    Observation (n, size), see `observation_parts`. Positions are unlimited, so all that grows with the book is divided
+    by `book_scale`, the root mean square position of the last step, added up over the options as if they were
+    independent. `decode` returns natural units.
+
+    Expiry is termination, never truncation. There is no autoreset (`AutoresetMode.DISABLED`): call `reset` after
+    `num_steps` steps. `info` holds, per step and environment: `wealth_change` ΔW (before costs), `income`, `cost`,
+    `turnover` (shares, absolute), `net_delta` (shares, after the trade), and two results of Black–Scholes delta hedging
+    of the same book on the same path: `hedged_change`, its ΔW, and `hedged_cost`, the cost of its trade after that
+    change (at the end, of unwinding). These two do not depend on the actions, so they can serve as control variates.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> env = HedgingEnv(num_envs=1024)
+        >>> observation, _ = env.reset(seed=1)
+        >>> observation, reward, terminated, truncated, info = env.step(torch.zeros(1024, 2))  # Black–Scholes delta
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        dynamics: Dynamics | None = None,
+        num_steps: int = 30,
+        options: Sequence[Option] | None = None,
+        initial_position: float = -1.0,
+        arrival_rate: float = 0.0,
+        mean_order_size: float = 1.0,
+        client_spread: float = 0.0,
+        spot: float = 100.0,
+        cost_rate: float = 1e-3,
+        risk_aversion: float = 1.0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.options = [Option(spot, num_steps)] if options is None else [Option(*option) for option in options]
+        self._check_settings()
+        self.num_envs = num_envs
+        self.num_steps = num_steps
+        self.num_options = len(self.options)
+        self.dynamics = dynamics if dynamics is not None else GBM()
+        self.initial_spot = float(spot)
+        self.initial_position = float(initial_position)
+        self.cost_rate = float(cost_rate)
+        self.risk_aversion = float(risk_aversion)
+        self.client_spread = client_spread
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.order_law = OrderLaw(arrival_rate, mean_order_size, self.device, dtype)
+        self._set_options()
+        self._set_times()
+        observation, action = self._read_tables()
+        units = [self.strike.new_ones(part.width) * part.unit for part in self.parts.values()]
+        self.observation_units = torch.cat(units)
+        self._set_spaces(observation, action)
+        self._close_episode()
+
+    def _check_settings(self) -> None:
+        settings, num_steps = self.settings, self.settings["num_steps"]
+        for name in ("num_envs", "num_steps", "mean_order_size"):
+            if not 1 <= settings[name] < float("inf"):
+                raise ValueError(f"{name} is {settings[name]} (at least 1)")
+        for name in ("cost_rate", "risk_aversion", "arrival_rate", "client_spread"):
+            if not 0 <= settings[name] < float("inf"):
+                raise ValueError(f"{name} is {settings[name]} (0 or more)")
+        if not 0 < settings["spot"] < float("inf"):
+            raise ValueError(f"spot is {settings['spot']} (positive)")
+        if not abs(settings["initial_position"]) < float("inf"):
+            raise ValueError(f"initial_position is {settings['initial_position']} (a finite number)")
+        for strike, expiry, _ in self.options:
+            if not 0 < strike < float("inf"):
+                raise ValueError(f"strike is {strike} (positive)")
+            if not (1 <= expiry <= num_steps and expiry == int(expiry)):
+                raise ValueError(f"expiry is {expiry} (whole steps, at least 1, at most num_steps = {num_steps})")
+        if not self.options or max(option.expiry for option in self.options) < num_steps:
+            raise ValueError(f"expiry of the last option is not num_steps = {num_steps}, where the episode ends")
+
+    def _set_options(self) -> None:
+        """Tensors of the options (num_options,), and the scales of their positions."""
+        tensor = {"device": self.device, "dtype": self.dtype}
+        self.strike = torch.tensor([option.strike for option in self.options], **tensor)
+        self.expiry = torch.tensor([option.expiry for option in self.options], **tensor)
+        self.is_call = torch.tensor([option.is_call for option in self.options], device=self.device)
+        self.middle_strike = float(np.median([option.strike for option in self.options]))
+        self.smile = self.dynamics.smile(self.strike / self.initial_spot, self.expiry)
+        # Root mean square position at expiry: both sides' orders add their variances
+        variance = self.settings["initial_position"] ** 2 + 2.0 * self.order_law.variance * self.expiry
+        self.position_scale = variance.sqrt().clamp(min=1.0)
+        self.book_scale = float(self.position_scale.square().sum().sqrt())
+        self.vega_scale = self.initial_spot * (self.num_steps * self.dynamics.dt) ** 0.5 * self.book_scale
+
+    def _set_times(self) -> None:
+        """The times 0 … num_steps, and at each of them the steps left to every expiry and to the next one."""
+        self.times = torch.arange(self.num_steps + 1, device=self.device, dtype=self.dtype)
+        self.time_left = 1.0 - self.times / self.num_steps
+        self.steps_left = (self.expiry - self.times[:, None]).clamp(min=0)  # (num_steps + 1, num_options)
+        next_expiry = torch.where(self.steps_left > 0, self.steps_left, self.num_steps + 1).amin(-1)
+        # (num_steps + 1,); 1 at the end, where no option is left
+        self.steps_to_next_expiry = torch.where(next_expiry > self.num_steps, 1.0, next_expiry)
+
+    def observation_parts(self) -> dict[str, Part]:
+        """Public information, the book, and the net delta before the trade.
+
+        "next step's share" is dt/τ with τ the time to the next expiry: the best policy changes sharply just before it.
+        "moneyness" is ln(S/K)/(σ√τ) of the middle strike at the next expiry, "log-volatility" is ln(√v/20 %), and
+        "book delta's step sd" is the standard deviation of the book's delta over the next step, Γ S √(v dt). The book's
+        delta, its sd and the net delta are over `book_scale`, its vega also over S₀√T, the position in every option
+        over its `position_scale`.
+        """
+
+        def path(values: Callable[[HedgingEnv], Tensor], unit: float = 1.0) -> Part:
+            return Part(1, lambda env: values(env)[..., None], unit, over_time=True)
+
+        book = self.book_scale
+        return {
+            "time left": path(lambda env: env.time_left[:, None]),
+            "next step's share": path(lambda env: env.steps_to_next_expiry.reciprocal()[:, None]),
+            "moneyness": path(lambda env: env.moneyness),
+            "log-volatility": path(lambda env: env.log_volatility),
+            "book delta": path(lambda env: env.delta / env.book_scale, book),
+            "book delta's step sd": path(lambda env: env.delta_sd / env.book_scale, book),
+            "book vega": path(lambda env: env.vega / env.vega_scale, book),
+            "net delta": Part(1, lambda env: ((env.holding + env.delta[env.t]) / env.book_scale)[:, None], book),
+            "positions": Part(self.num_options, lambda env: env.position_features, self.position_scale, over_time=True),
+        }
+
+    def action_bounds(self) -> dict[str, tuple[float, float]]:
+        """The band, shares."""
+        return {"offset": (-self.book_scale, self.book_scale), "half_width": (0.0, self.book_scale)}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """Draws the whole market of an episode, orders included. Returns observation and an empty info.
+
+        The same seed gives the same market, whatever the policy; row i does not depend on `num_envs`.
+        """
+        self._seed(seed, options)
+        n, steps, per_step = self.num_envs, self.num_steps, self.dynamics.noise_size
+        split = steps * per_step
+        has_orders = self.order_law.rate > 0
+        size = split + (2 * steps * self.num_options if has_orders else 0)
+        noise = draw_noise(n, size, self.generator, self.dtype)
+        spot, variance = self.dynamics.simulate(noise[:, :split].view(n, steps, per_step), self.initial_spot)
+        orders = self.order_law.draw(noise[:, split:].view(n, steps, self.num_options, 2)) if has_orders else None
+        self.set_market(spot, variance, orders)
+        return self.replay()
+
+    def set_market(self, spot: Tensor, variance: Tensor, orders: tuple[Tensor, Tensor] | None = None) -> None:
+        """Replaces the market by given paths; `replay` then starts on them.
+
+        Computes all that does not depend on actions, for all times at once, stored time first: (num_steps + 1, n, …).
+
+        Args:
+            spot, variance: (n, num_steps + 1).
+            orders: number of orders and their total size, both (n, num_steps, num_options, 2), [..., 0] what clients
+                buy and [..., 1] what they sell; orders for an option that has expired are dropped. None: no orders.
+        """
+        self.spot = spot.T.contiguous()
+        self.variance = variance.T.clamp(min=MIN_VARIANCE).contiguous()
+        time_to_expiry = self.steps_left[:, None] * self.dynamics.dt  # (num_steps + 1, 1, num_options)
+        volatility = self.smile.volatility(self.times[:, None], self.spot / self.initial_spot, self.variance)
+        greeks = black_scholes.greeks(self.spot[..., None], self.strike, time_to_expiry, volatility, self.is_call)
+        self.mark = greeks.price
+        self._fill_orders(orders)
+        self.delta = (self.position * greeks.delta).sum(-1)
+        gamma = torch.where(time_to_expiry > 0, greeks.gamma, 0.0)  # ∞ at expiry at the money
+        self.gamma = (self.position * gamma).sum(-1)
+        self.vega = (self.position * greeks.vega).sum(-1)
+        self.hedged_change = self.book_change - self.delta[:-1] * self.spot.diff(dim=0)
+        self.hedged_cost = self.cost_rate * self.delta.diff(dim=0).abs() * self.spot[1:]
+        self._set_features()
+        self._join_parts()
+
+    def _fill_orders(self, orders: tuple[Tensor, Tensor] | None) -> None:
+        """The book with the client orders, its value and its cash flows; see `set_market`."""
+        alive = (self.steps_left > 0)[:-1, None]
+        if orders is None:
+            self.order_number = self.order_size = self.spot.new_zeros(self.num_steps, 1, 1, 2)
+        else:
+            number, size = orders
+            self.order_number = number.transpose(0, 1) * alive[..., None]
+            self.order_size = size.transpose(0, 1) * alive[..., None]
+        nothing = torch.zeros_like(self.mark[:1])
+        # Held from each time until the next, after its orders; nothing is left at the end
+        position = self.initial_position + (self.order_size[..., 1] - self.order_size[..., 0]).cumsum(0)
+        self.position = torch.cat(((position * alive).expand_as(self.mark[1:]), nothing))
+        self.income = self.client_spread * self.order_size.sum((-1, -2)).expand_as(self.spot[1:])
+        self.book_value = (self.position * self.mark).sum(-1)
+        # Every change of position is a trade at the mark, settlement in cash included
+        self.cash_flow = -(self.position.diff(dim=0, prepend=nothing) * self.mark).sum(-1)
+        self.cash_flow[:-1] += self.income
+        self.book_change = (self.position[:-1] * self.mark.diff(dim=0)).sum(-1)
+
+    def _set_features(self) -> None:
+        """What is observed and takes more than a division."""
+        dt, next_steps = self.dynamics.dt, self.steps_to_next_expiry[:, None]
+        remaining_sd = (self.dynamics.expected_average_variance(self.variance, next_steps) * next_steps * dt).sqrt()
+        log_moneyness = black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.middle_strike))
+        self.moneyness = log_moneyness / remaining_sd
+        self.log_volatility = 0.5 * torch.log(self.variance / REFERENCE_VOLATILITY**2)
+        self.delta_sd = self.gamma * self.spot * (self.variance * dt).sqrt()
+        self.position_features = self.position / self.position_scale
+
+    def replay(self) -> tuple[Tensor, dict]:
+        """Starts the same episodes again: no shares, the initial book bought at its mark, the first orders filled."""
+        self.t = 0
+        self.holding = torch.zeros_like(self.spot[0])
+        self.cash = self.cash_flow[0]
+        return self.observe(), {}
+
+    def _variance(self, observation: Tensor) -> Tensor:
+        """Variance (n,) of an observation."""
+        return (REFERENCE_VOLATILITY * torch.exp(self.column(observation, "log-volatility"))) ** 2
+
+    def _spot(self, observation: Tensor) -> Tensor:
+        """Spot (n,) of an observation."""
+        next_steps = torch.round(self.column(observation, "next step's share").reciprocal())
+        average = self.dynamics.expected_average_variance(self._variance(observation), next_steps)
+        remaining_sd = (average * next_steps * self.dynamics.dt).sqrt()
+        return self.middle_strike * torch.exp(self.column(observation, "moneyness") * remaining_sd)
+
+    def decode(self, observation: Tensor) -> HedgingState:
+        """Observation (n, size) → its natural units."""
+        step = torch.round((1.0 - self.column(observation, "time left")) * self.num_steps)
+        spot = self._spot(observation)
+        variance = self._variance(observation)
+        delta = self.column(observation, "book delta")
+        delta_sd = self.book_scale * self.column(observation, "book delta's step sd")
+        steps_left = (self.expiry - step[:, None]).clamp(min=0)
+        return HedgingState(
+            step=step.long(),
+            spot=spot,
+            variance=variance,
+            delta=self.book_scale * delta,
+            gamma=delta_sd / (spot * (variance * self.dynamics.dt).sqrt()),
+            holding=self.book_scale * (self.column(observation, "net delta") - delta),
+            position=self.position_scale * observation[:, self.columns["positions"]],
+            volatility=self.smile.volatility(step, spot / self.initial_spot, variance),
+            time_to_expiry=steps_left * self.dynamics.dt,
+        )
+
+    def with_net_delta(self, observation: Tensor, net_delta: Tensor) -> Tensor:
+        """The observation (n, size) with another net delta (n,), in the observation's units."""
+        column = self.columns["net delta"]
+        return torch.cat((observation[:, : column.start], net_delta[:, None], observation[:, column.stop :]), -1)
+
+    def to_band(self, net_delta: Tensor, actions: Tensor) -> Tensor:
+        """Net delta (…) in shares → the one that the trade of actions (…, 2) leads to."""
+        action = self.by_name(actions)
+        return nearest_in_band(net_delta, action["offset"], action["half_width"])
+
+    def after_trade(self, observation: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the trade of a step does, before the market moves: a function of observation and action alone.
+
+        Returns:
+            The observation after the trade, which differs in its net delta, and the cost of the trade (n,), currency.
+        """
+        before = self.book_scale * self.column(observation, "net delta")
+        after = self.to_band(before, actions)
+        cost = self.cost_rate * (after - before).abs() * self._spot(observation)
+        return self.with_net_delta(observation, after / self.book_scale), cost
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """Trades, then moves the market. actions (n, 2) → observation, reward, terminated, truncated (n,), info.
+
+        Raises:
+            RuntimeError: the episode is over; call `reset`.
+        """
+        self._check_running()
+        t = self.t
+        before = self.holding + self.delta[t]
+        traded = self.to_band(before, actions) - before
+        self.holding = self.holding + traded
+        turnover = traded.abs()
+        cost = self.cost_rate * turnover * self.spot[t]
+        wealth_change = self.holding * (self.spot[t + 1] - self.spot[t]) + self.book_change[t]
+        self.cash = self.cash - traded * self.spot[t] - cost + self.cash_flow[t + 1]
+        self.t = t + 1
+        done = self.t == self.num_steps
+        if done:  # the last options have been settled; the shares are sold
+            unwinding = self.cost_rate * self.holding.abs() * self.spot[t + 1]
+            cost = cost + unwinding
+            turnover = turnover + self.holding.abs()
+            self.cash = self.cash + self.holding * self.spot[t + 1] - unwinding
+            self.holding = torch.zeros_like(self.holding)
+        reward = self.income[t] + wealth_change - cost - 0.5 * self.risk_aversion * wealth_change**2
+        terminated = torch.full((self.num_envs,), done, device=self.device)
+        info = {
+            "wealth_change": wealth_change,
+            "income": self.income[t],
+            "cost": cost,
+            "turnover": turnover,
+            "net_delta": before + traded,
+            "hedged_change": self.hedged_change[t],
+            "hedged_cost": self.hedged_cost[t],
+        }
+        return self.observe(), reward, terminated, torch.zeros_like(terminated), info
+
+    @property
+    def wealth(self) -> Tensor:
+        """(n,) cash + shares + options at their mark, costs paid; once the episode is over, all of it is cash."""
+        return self.cash + self.holding * self.spot[self.t] + self.book_value[self.t]
+
+
+OBSERVATION_NAMES = tuple(HedgingEnv().columns)[:-1]  # one column each; after them the positions
+NET_DELTA = OBSERVATION_NAMES.index("net delta")
+
+
+def with_net_delta(observation: Tensor, net_delta: Tensor) -> Tensor:
+    """`HedgingEnv.with_net_delta`."""
+    return torch.cat((observation[:, :NET_DELTA], net_delta[:, None], observation[:, NET_DELTA + 1 :]), -1)

@@ -1,0 +1,610 @@
+"""QuotingEnv: makers compete for takers of European options and hedge the inventory that their trades leave.
+
+In every step each maker quotes a bid and an ask on every option, takers arrive and trade with a maker or walk away,
+every maker hedges the delta of its book at a cost, and then the market moves: quote → fills → hedge → move. With
+W = cash + shares + options marked at Black–Scholes, ΔW its change as the market moves, and income the edge over the
+mark that the step's fills have earned, a maker's reward is
+
+    r_t = income_t + ΔW_t − cost_t − ½ · risk_aversion · ΔW_t²          (Kolm & Ritter 2019, eq. 7),
+
+so risk is that of the inventory, not of the earned edge. The episode ends before the options expire: the book is marked
+and the hedge unwound at cost.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from scipy.stats import poisson
+
+from envs.market import black_scholes
+from envs.market.black_scholes import normal_cdf
+from envs.market.dynamics import Dynamics, Heston, draw_noise
+from envs.market.env import MarketEnv, Part
+from envs.market.hedging import Policy, nearest_in_band
+from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY, VOL_POINT
+
+Tensor = torch.Tensor
+ASK, BID = 0, 1  # takers buy at the ask and sell at the bid: the last axis of quotes, takers and fills
+MAX_FLOW = 0.9  # the order flow's imbalance is cut here, so that some takers come to either side
+
+
+class BadQuote(ValueError):
+    """An action that no market takes. The message names the number, the maker and the step."""
+
+
+class QuotingState(NamedTuple):
+    """A maker's observation in natural units; (n,), the last two wider."""
+
+    step: Tensor  # steps made so far, integer
+    spot: Tensor  # currency
+    variance: Tensor  # annualised variance that drives the next step
+    volatility: Tensor  # implied, the mark's
+    time_to_expiry: Tensor  # years
+    vega: Tensor  # of the own book, currency per vol point
+    net_delta: Tensor  # own, shares, before this step's fills
+    flow: Tensor  # moving average of takers' buys less sells, per expected taker
+    rivals: Tensor  # (n, num_makers − 1, 2) their last ask and bid edge, vol points
+    position: Tensor  # (n, num_options) own, + long
+
+
+class QuotingEnv(MarketEnv):
+    """A market of `num_makers` makers in European calls of one expiry, many episodes side by side.
+
+    Takers: on each option, buyers and sellers arrive as Poisson processes with intensities λ(1 + f) and λ(1 − f), f an
+    autoregressive imbalance (a Cox process: order flow is persistent). A taker sees every maker's quote and picks by
+    multinomial logit (McFadden 1974): P(maker i) ∝ exp(−k(dᵢ − d_ref)), outside option 1, dᵢ the maker's edge on that
+    side in vol points. Each taker carries a mark, uniform in [0, 1]; the makers' intervals on it are laid out in the
+    order of their edges, best first. So every policy on the same seed meets the same takers, and swapping two makers
+    swaps their results path by path (where two quote exactly alike, the lower seat comes first).
+
+    Args:
+        num_envs: episodes side by side; all start and end together.
+        dynamics: model of the underlying; its `dt` is the time between quotes. Default: Heston, half a trading day.
+        num_makers: makers, at least 1. All seats are alike.
+        num_steps: steps of an episode.
+        expiry: step at which the options expire, at least `num_steps`.
+        moneyness: z of every option: its strike is spot · exp(z · 0.2 · √T).
+        arrival_rate: λ, mean number of takers a step on each option and side.
+        flow_sd, flow_half_life: standard deviation of f, and its half-life in steps.
+        choice_sensitivity: k, per vol point. The larger, the more takers go to the best price.
+        reference_edge: d_ref, vol points: at this edge a taker is as likely to pick a single maker as to walk away.
+        spot: initial spot, currency.
+        cost_rate: proportional cost of hedging per unit of currency traded.
+        risk_aversion: weight of ½ΔW², 1/currency.
+        privileged: every maker observes its rivals' vegas and positions too.
+        device, dtype: where and in what precision everything lives.
+
+    Action (n, num_makers, 4), see `action_bounds`: half-spread h ≥ 0 and skew s in vol points, target net delta and
+    half-width ≥ 0 of a no-trade band around it in shares. The ask is quoted at an edge of h + s above the mark, the bid
+    at h − s below it, both times the option's vega: a positive skew attracts sellers. After the fills the holding moves
+    to the nearest edge of the band, if the net delta is outside. A negative band counts as 0.
+
+    Observation (n, num_makers, size), see `observation_parts`: public information and the own book.
+
+    `info` holds, per step, environment and maker: `wealth_change` ΔW, `income`, `cost`, `turnover` (shares, absolute),
+    `net_delta` (shares, after hedging), `gross_delta` (Σ |position · delta|), `net_vega`, `half_spread`, `sold` and
+    `bought` (options), `fills` (both), `trades` (of all makers together) and `noise`. The noise is a part of the reward
+    whose conditional mean is zero (to first order in dt) whatever the maker does: what income, ΔW and ½ΔW² are above
+    their expectations, to first order in spot and variance. The reward without it has the same optimum and far less
+    variance.
+
+    There is no autoreset (`AutoresetMode.DISABLED`). On a CPU each step checks its actions. On a GPU a check would wait
+    for the device; NaN shows up in the rewards there.
+
+    Raises:
+        ValueError: an argument outside its range; `BadQuote`, which is one, an action that is NaN or whose quotes cross
+            (half-spread < 0).
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        dynamics: Dynamics | None = None,
+        num_makers: int = 2,
+        num_steps: int = 60,
+        expiry: int = 120,
+        moneyness: Sequence[float] = (-1.0, -0.5, 0.0, 0.5, 1.0),
+        arrival_rate: float = 0.5,
+        flow_sd: float = 0.5,
+        flow_half_life: float = 8.0,
+        choice_sensitivity: float = 2.0,
+        reference_edge: float = 1.0,
+        spot: float = 100.0,
+        cost_rate: float = 5e-4,
+        risk_aversion: float = 1.0,
+        privileged: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._check_settings()
+        self.num_envs = num_envs
+        self.num_makers = num_makers
+        self.num_steps = num_steps
+        self.num_options = len(moneyness)
+        self.dynamics = dynamics if dynamics is not None else Heston(dt=1 / 504)
+        self.expiry = expiry
+        self.initial_spot = float(spot)
+        self.arrival_rate = float(arrival_rate)
+        self.flow_sd = float(flow_sd)
+        self.flow_persistence = 0.5 ** (1.0 / flow_half_life)
+        self.choice_sensitivity = float(choice_sensitivity)
+        self.reference_edge = float(reference_edge)
+        self.cost_rate = float(cost_rate)
+        self.risk_aversion = float(risk_aversion)
+        self.privileged = privileged
+        self.device = torch.device(device)
+        self.dtype = dtype
+        # More takers than this on one option and side in a step would come once in a million, in the busiest flow
+        busiest = arrival_rate * (1.0 + (MAX_FLOW if flow_sd > 0 else 0.0))
+        self.max_takers = max(1, int(poisson.isf(1e-6, busiest)))
+        self._set_options()
+        self._set_times()
+        seats = torch.arange(num_makers, device=self.device)
+        self.rivals = (seats[:, None] + seats[1:]) % num_makers  # of each seat, next seat first
+        self.maker_observation_space, self.maker_action_space = self._read_tables()
+        batch = gym.vector.utils.batch_space
+        self._set_spaces(batch(self.maker_observation_space, num_makers), batch(self.maker_action_space, num_makers))
+        self._close_episode()
+
+    def _check_settings(self) -> None:
+        settings = self.settings
+        for name in ("num_envs", "num_makers", "num_steps"):
+            value = settings[name]
+            if not (1 <= value < float("inf") and value == int(value)):
+                raise ValueError(f"{name} is {value} (a whole number, at least 1)")
+        for name in ("choice_sensitivity", "flow_half_life", "spot", "arrival_rate"):
+            if not 0 < settings[name] < float("inf"):
+                raise ValueError(f"{name} is {settings[name]} (more than 0)")
+        for name in ("cost_rate", "risk_aversion", "flow_sd"):
+            if not 0 <= settings[name] < float("inf"):
+                raise ValueError(f"{name} is {settings[name]} (0 or more)")
+        if not abs(settings["reference_edge"]) < float("inf"):
+            raise ValueError(f"reference_edge is {settings['reference_edge']} (a finite number)")
+        expiry, num_steps = settings["expiry"], settings["num_steps"]
+        if not (num_steps <= expiry < float("inf") and expiry == int(expiry)):
+            raise ValueError(f"expiry is {expiry} (whole steps, at least num_steps = {num_steps})")
+        moneyness = settings["moneyness"]
+        if len(moneyness) == 0 or not all(abs(z) <= 5 for z in moneyness):
+            raise ValueError(f"moneyness is {list(moneyness)} (one or more, each at least -5, at most 5)")
+
+    def _set_options(self) -> None:
+        """Strikes (num_options,) and the volatilities that the options are marked at."""
+        tensor = {"device": self.device, "dtype": self.dtype}
+        root = REFERENCE_VOLATILITY * (self.expiry * self.dynamics.dt) ** 0.5
+        strikes = [self.settings["spot"] * np.exp(z * root) for z in self.settings["moneyness"]]
+        self.strike = torch.tensor(strikes, **tensor)
+        expiry = torch.full((1,), float(self.expiry), **tensor)
+        self.smile = self.dynamics.smile(self.strike / self.initial_spot, expiry)
+
+    def _set_times(self) -> None:
+        """The times 0 … num_steps, each (num_steps + 1,)."""
+        steps = torch.arange(self.num_steps + 1, device=self.device)
+        self.time_left = 1.0 - steps / self.num_steps  # share of the episode
+        self.steps_left = self.expiry - steps.to(self.dtype)  # to expiry
+        self.time_to_expiry = self.steps_left * self.dynamics.dt  # years
+
+    def observation_parts(self) -> dict[str, Part]:
+        """Public information, the own book, the rivals' last quotes and, with `privileged`, the rivals' books.
+
+        "moneyness" is ln(S/S₀)/(σ√τ), "log implied volatility" ln(σ/20 %). "net vega" is in currency per vol point,
+        "net delta" in shares. "vega risk" is what one standard deviation of the volatility's own (unhedgeable) move in
+        the next step is worth to the book, currency. "order flow" is a moving average of takers' buys less sells, per
+        taker expected. "rival edges" are the rivals' last ask and bid edge in vol points, next seat first (before any
+        quote: d_ref).
+        """
+
+        def path(values: Callable[[QuotingEnv], Tensor]) -> Part:
+            return Part(1, lambda env: values(env)[..., None, None], over_time=True)
+
+        rivals = self.num_makers - 1
+        parts = {
+            "time left": path(lambda env: env.time_left[:, None]),
+            "√τ": path(lambda env: env.time_to_expiry.sqrt()[:, None]),
+            "moneyness": path(lambda env: env.scaled_log_spot),
+            "log implied volatility": path(lambda env: env.log_volatility),
+            "net vega": Part(1, lambda env: env.net_vega[..., None]),
+            "net delta": Part(1, lambda env: env.net_delta[..., None]),
+            "vega risk": Part(1, lambda env: (env.net_vega * env.residual_sd[env.t][:, None])[..., None]),
+            "order flow": Part(1, lambda env: env.flow[:, None, None]),
+            "rival edges": Part(2 * rivals, lambda env: env.edges[:, env.rivals].flatten(2)),
+            "positions": Part(self.num_options, lambda env: env.position),
+        }
+        if self.privileged:
+            width = rivals * self.num_options
+            parts["rival vegas"] = Part(rivals, lambda env: env.net_vega[:, env.rivals])
+            parts["rival positions"] = Part(width, lambda env: env.position[:, env.rivals].flatten(2))
+        return parts
+
+    def action_bounds(self) -> dict[str, tuple[float, float]]:
+        """Half-spread and skew of the quotes, vol points; target net delta and half-width of its band, shares."""
+        return {"half_spread": (0.0, 5.0), "skew": (-5.0, 5.0), "target": (-5.0, 5.0), "band": (0.0, 5.0)}
+
+    @property
+    def noise_size(self) -> int:
+        """Random numbers that an episode takes."""
+        takers = 2 * self.num_options * self.max_takers
+        return self.num_steps * (self.dynamics.noise_size + 1 + takers)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """Draws the whole market of an episode, takers and their marks included. Returns observation, empty info.
+
+        The same seed gives the same market, whatever the policies; row i does not depend on `num_envs`.
+
+        Args:
+            options: `copies` (1 unless given, must divide `num_envs`): this many neighbouring rows get the same market,
+                takers included, so that only the makers' actions differ between them.
+        """
+        copies = (options or {}).get("copies", 1)
+        if not (copies >= 1 and self.num_envs % copies == 0):
+            raise ValueError(f"copies is {copies} (at least 1, must divide num_envs = {self.num_envs})")
+        self._seed(seed, options)
+        n, steps, per_step = self.num_envs // copies, self.num_steps, self.dynamics.noise_size
+        noise = draw_noise(n, self.noise_size, self.generator, self.dtype)
+        sizes = (steps * per_step, steps, noise.shape[1] - steps * (per_step + 1))
+        of_underlying, of_flow, of_takers = noise.split(sizes, 1)
+        spot, variance = self.dynamics.simulate(of_underlying.view(n, steps, per_step), self.initial_spot)
+        flow = self._autoregression(of_flow)
+        intensity = self.arrival_rate * torch.stack((1.0 + flow, 1.0 - flow), -1)  # (n, steps, 2)
+        paths = (spot, variance, intensity, self._marks(of_takers, intensity))
+        if copies > 1:
+            paths = (x.repeat_interleave(copies, 0) for x in paths)
+        self.set_market(*paths)
+        return self.replay()
+
+    def _autoregression(self, noise: Tensor) -> Tensor:
+        """Imbalance f of the order flow (n, steps), stationary, cut at ±`MAX_FLOW`, from normals of that shape."""
+        flow = self.flow_sd * noise[:, 0]
+        flows = [flow]
+        for t in range(1, noise.shape[1]):
+            innovation = self.flow_sd * (1.0 - self.flow_persistence**2) ** 0.5 * noise[:, t]
+            flow = self.flow_persistence * flow + innovation
+            flows.append(flow)
+        return torch.stack(flows, 1).clamp(-MAX_FLOW, MAX_FLOW)
+
+    def _marks(self, noise: Tensor, intensity: Tensor) -> Tensor:
+        """Marks of the takers (see `set_market`) from normals (n, …) and their intensity (n, num_steps, 2).
+
+        They are a Poisson process of this intensity: the gaps are exponential. Takers beyond 1 do not arrive.
+        """
+        # In place: an episode has thousands
+        gaps = normal_cdf(noise).clamp_(min=torch.finfo(self.dtype).tiny).log_().neg_()
+        marks = gaps.view(len(noise), self.num_steps, 2, self.num_options, self.max_takers).cumsum(-1)
+        return marks.div_(intensity[..., None, None])
+
+    def set_market(self, spot: Tensor, variance: Tensor, intensity: Tensor, marks: Tensor) -> None:
+        """Replaces the market by a given one; `replay` then starts on it.
+
+        Computes all that does not depend on actions, for all times at once, stored time first: (num_steps + 1, n, …).
+
+        Args:
+            spot, variance: (n, num_steps + 1).
+            intensity: (n, num_steps, 2) mean number of takers who buy and who sell, on each option.
+            marks: (n, num_steps, 2, num_options, max_takers) of the takers, increasing; beyond 1: none.
+        """
+        self.spot = spot.T.contiguous()
+        self.variance = variance.T.clamp(min=MIN_VARIANCE).contiguous()
+        self.intensity = intensity.transpose(0, 1)
+        self.marks = marks.transpose(0, 1).contiguous()
+        self._value_options()
+        self._set_moments()
+        self._join_parts()
+
+    def _value_options(self) -> None:
+        """Marks and Greeks of the options, moneyness and implied volatility of the observation."""
+        time_to_expiry = self.time_to_expiry[:, None]
+        steps = self.expiry - self.steps_left[:, None]  # made so far
+        volatility = self.smile.volatility(steps, self.spot / self.initial_spot, self.variance)  # (…, 1 or num_options)
+        self.volatility = volatility[..., volatility.shape[-1] // 2]
+        greeks = black_scholes.greeks(self.spot[..., None], self.strike, time_to_expiry[..., None], volatility)
+        self.mark = greeks.price
+        self.delta = greeks.delta
+        self.gamma = torch.where(time_to_expiry[..., None] > 0, greeks.gamma, 0.0)  # ∞ at expiry at the money
+        self.vega = VOL_POINT * greeks.vega  # per vol point
+        self.total_vega = self.vega.sum(-1)
+        log_spot = black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.initial_spot))
+        self.scaled_log_spot = log_spot / (self.volatility * time_to_expiry.clamp(min=0.5 * self.dynamics.dt).sqrt())
+        self.log_volatility = torch.log(self.volatility / REFERENCE_VOLATILITY)
+
+    def _set_moments(self) -> None:
+        """Moments of each step's spot and variance, for the vega risk and for `_surprise`."""
+        dynamics, steps_left = self.dynamics, self.steps_left[:, None]
+        # ∂mark/∂v = 100 · vega · ∂σ/∂v, the same ∂σ/∂v for all options
+        self.volatility_slope = volatility_slope(dynamics, self.volatility, steps_left)
+        mean, self.next_variance_variance = dynamics.next_variance_moments(self.variance)
+        self.variance_surprise = self.variance[1:] - mean[:-1]
+        self.covariance = dynamics.return_volatility_covariance(self.variance) * self.variance * dynamics.dt
+        self.return_variance = dynamics.return_variance(self.variance)
+        self.residual_sd = hedged_volatility_variance(dynamics, self.variance, steps_left).sqrt() * dynamics.dt**0.5
+
+    def replay(self) -> tuple[Tensor, dict]:
+        """Starts the same episodes again, every maker with nothing. Returns observation and an empty info."""
+        tensor = {"device": self.device, "dtype": self.dtype}
+        shape = (self.num_envs, self.num_makers)
+        self.t = 0
+        self.holding = torch.zeros(shape, **tensor)
+        self.cash = torch.zeros(shape, **tensor)
+        self.flow = torch.zeros(self.num_envs, **tensor)
+        self.position = torch.zeros((*shape, self.num_options), **tensor)
+        self.edges = torch.full((*shape, 2), self.reference_edge, **tensor)
+        return self.observe(), {}
+
+    def observe(self) -> Tensor:
+        """Observation (n, num_makers, size) of the current state, each maker from its own seat."""
+        self.net_vega = (self.position * self.vega[self.t][:, None]).sum(-1)
+        self.net_delta = self.holding + (self.position * self.delta[self.t][:, None]).sum(-1)
+        return super().observe()
+
+    def decode(self, observation: Tensor) -> QuotingState:
+        """Observation of one maker (n, size) → its natural units."""
+        step = torch.round((1.0 - self.column(observation, "time left")) * self.num_steps)
+        volatility = REFERENCE_VOLATILITY * self.column(observation, "log implied volatility").exp()
+        scale = volatility * ((self.expiry - step).clamp(min=0.5) * self.dynamics.dt).sqrt()
+        spot = (self.column(observation, "moneyness") * scale).exp()  # over the initial one
+        variance = self.smile.variance(step, spot, volatility)
+        return QuotingState(
+            step=step.long(),
+            spot=self.initial_spot * spot,
+            variance=variance.clamp(min=MIN_VARIANCE),
+            volatility=volatility,
+            time_to_expiry=self.column(observation, "√τ") ** 2,
+            vega=self.column(observation, "net vega"),
+            net_delta=self.column(observation, "net delta"),
+            flow=self.column(observation, "order flow"),
+            rivals=observation[:, self.columns["rival edges"]].unflatten(-1, (-1, 2)),
+            position=observation[:, self.columns["positions"]],
+        )
+
+    def to_edges(self, actions: Tensor) -> Tensor:
+        """Actions (…, 4) → edges of the ask and of the bid (…, 2), vol points."""
+        action = self.by_name(actions)
+        half_spread, skew = action["half_spread"], action["skew"]
+        return torch.stack((half_spread + skew, half_spread - skew), -1)
+
+    def choice_probabilities(self, edges: Tensor) -> Tensor:
+        """P(a taker picks each maker): edges (n, num_makers, 2) in vol points → the same shape; the rest walk away."""
+        utility = -self.choice_sensitivity * (edges - self.reference_edge)
+        return torch.cat((utility, torch.zeros_like(utility[:, :1])), 1).softmax(1)[:, :-1]
+
+    def _fills(self, edges: Tensor, probabilities: Tensor) -> Tensor:
+        """Number of takers who trade with each maker, (n, num_makers, 2, num_options)."""
+        # The best price has the first interval of marks, the next the second, …
+        order = edges.argsort(dim=1, stable=True)
+        bounds = probabilities.gather(1, order).cumsum(1)[..., None, None]
+        below = (self.marks[self.t][:, None] < bounds).sum(-1, dtype=self.dtype)
+        served = below.diff(dim=1, prepend=torch.zeros_like(below[:, :1]))
+        return torch.zeros_like(served).scatter(1, order[..., None].expand_as(served), served)
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """Quotes, fills, hedges, then moves the market.
+
+        Args:
+            actions: (n, num_makers, 4), see the class.
+
+        Returns:
+            observation (n, num_makers, size), reward (n, num_makers), terminated and truncated (n,), info.
+
+        Raises:
+            RuntimeError: the episode is over; call `reset`.
+            BadQuote: on a CPU, an action that is not finite, or a half-spread below 0.
+        """
+        self._check_running()
+        if self.device.type == "cpu":
+            self._check(actions)
+        action = self.by_name(actions)
+        t = self.t
+        self.edges = self.to_edges(actions)
+        income, expected_income = self._trade_with_takers()
+        option_delta = self.position * self.delta[t][:, None]
+        vega = (self.position * self.vega[t][:, None]).sum(-1)
+        net_delta, turnover, cost = self._hedge(option_delta.sum(-1), action["target"], action["band"])
+        move = (self.spot[t + 1] - self.spot[t])[:, None]
+        wealth_change = self.holding * move + (self.position * (self.mark[t + 1] - self.mark[t])[:, None]).sum(-1)
+        noise = income - expected_income + self._surprise(net_delta, vega, move)
+        self.t = t + 1
+        done = self.t == self.num_steps
+        if done:
+            shares_sold, unwinding = self._unwind()
+            turnover = turnover + shares_sold
+            cost = cost + unwinding
+        reward = income + wealth_change - cost - 0.5 * self.risk_aversion * wealth_change**2
+        terminated = torch.full((self.num_envs,), done, device=self.device)
+        info = {
+            "wealth_change": wealth_change,
+            "income": income,
+            "cost": cost,
+            "turnover": turnover,
+            "net_delta": net_delta,
+            "gross_delta": option_delta.abs().sum(-1),
+            "net_vega": vega,
+            "half_spread": action["half_spread"],
+            "sold": self.fills[:, :, ASK].sum(-1),
+            "bought": self.fills[:, :, BID].sum(-1),
+            "fills": self.fills.sum((-1, -2)),
+            "trades": self.fills.sum((1, 2, 3))[:, None].expand_as(income),
+            "noise": noise,
+        }
+        return self.observe(), reward, terminated, torch.zeros_like(terminated), info
+
+    def _trade_with_takers(self) -> tuple[Tensor, Tensor]:
+        """Fills the step's takers at the makers' edges. Returns income and expected income (n, num_makers)."""
+        t = self.t
+        probabilities = self.choice_probabilities(self.edges)
+        self.fills = self._fills(self.edges, probabilities)
+        income = ((self.fills * self.vega[t][:, None, None]).sum(-1) * self.edges).sum(-1)
+        per_vega = (probabilities * self.intensity[t][:, None] * self.edges).sum(-1)
+        bought = self.fills[:, :, BID] - self.fills[:, :, ASK]
+        self.position = self.position + bought
+        self.cash = self.cash + income - (bought * self.mark[t][:, None]).sum(-1)
+        trades = self.fills.sum(1)  # of all makers
+        imbalance = (trades[:, ASK] - trades[:, BID]).sum(-1) / (2.0 * self.num_options * self.arrival_rate)
+        self.flow = self.flow_persistence * self.flow + (1.0 - self.flow_persistence) * imbalance
+        return income, per_vega * self.total_vega[t][:, None]
+
+    def _hedge(self, option_delta: Tensor, target: Tensor, band: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Trades shares. Returns net delta after it, shares traded (absolute) and their cost, all (n, num_makers)."""
+        spot = self.spot[self.t][:, None]
+        before = self.holding + option_delta
+        traded = nearest_in_band(before, target, band) - before
+        turnover = traded.abs()
+        cost = self.cost_rate * turnover * spot
+        self.holding = self.holding + traded
+        self.cash = self.cash - traded * spot - cost
+        return before + traded, turnover, cost
+
+    def _unwind(self) -> tuple[Tensor, Tensor]:
+        """Sells the shares; the options stay in the book, at their mark. Returns shares (absolute) and cost."""
+        spot = self.spot[self.t][:, None]
+        shares = self.holding.abs()
+        cost = self.cost_rate * shares * spot
+        self.cash = self.cash + self.holding * spot - cost
+        self.holding = torch.zeros_like(self.holding)
+        return shares, cost
+
+    def _surprise(self, net_delta: Tensor, vega: Tensor, move: Tensor) -> Tensor:
+        """The part of ΔW − ½ · risk_aversion · ΔW² that a step's spot and variance explain, less its expectation.
+
+        To first order ΔW is L = net delta · ΔS + ∂W/∂v · (v' − E v'), whose mean and mean square are known. To second
+        order in the spot, ½Γ(ΔS² − E ΔS²) is added.
+        """
+        t = self.t
+        slope = vega * self.volatility_slope[t][:, None]  # ∂W/∂v
+        square = self.spot[t][:, None] ** 2 * self.return_variance[t][:, None]  # E ΔS²
+        linear = net_delta * move + slope * self.variance_surprise[t][:, None]
+        expected = net_delta**2 * square + slope**2 * self.next_variance_variance[t][:, None]
+        expected = expected + 2.0 * net_delta * slope * self.spot[t][:, None] * self.covariance[t][:, None]
+        gamma = (self.position * self.gamma[t][:, None]).sum(-1)
+        penalty = 0.5 * self.risk_aversion * (linear**2 - expected)
+        return linear + 0.5 * gamma * (move**2 - square) - penalty
+
+    def _check(self, actions: Tensor) -> None:
+        names = list(self.bounds)
+        wanted = (self.num_envs, self.num_makers, len(names))
+        if actions.shape != wanted:
+            message = f"({wanted}: environments, makers, {len(names)})"
+            raise BadQuote(f"actions have the shape {tuple(actions.shape)} {message}")
+        low = actions.amin((0, 1))  # NaN wherever there is one
+        if not torch.isfinite(low.sum() + actions.amax()):
+            maker, number = divmod(int((~actions.isfinite()).any(0).flatten().nonzero()[0]), len(names))
+            raise BadQuote(f"{names[number]} of maker {maker} is not finite at step {self.t}")
+        half_spread = self.by_name(low)["half_spread"]
+        if half_spread < 0:
+            raise BadQuote(f"half_spread is {half_spread.item():g} at step {self.t} (0 or more, or the quotes cross)")
+
+    @property
+    def wealth(self) -> Tensor:
+        """(n, num_makers) cash + shares + options at their mark, costs paid."""
+        options = (self.position * self.mark[self.t][:, None]).sum(-1)
+        return self.cash + self.holding * self.spot[self.t][:, None] + options
+
+
+OBSERVATION_NAMES = tuple(QuotingEnv().columns)[:-2]  # one column each; after them the rivals' quotes and the positions
+VEGA = OBSERVATION_NAMES.index("net vega")
+
+
+def volatility_slope(dynamics: Dynamics, volatility: Tensor, steps_left: Tensor) -> Tensor:
+    """∂σ/∂v of the mark's σ, vol points per unit of variance."""
+    return dynamics.variance_slope(steps_left) / (2.0 * volatility * VOL_POINT)
+
+
+def hedged_volatility_variance(dynamics: Dynamics, variance: Tensor, steps_left: Tensor) -> Tensor:
+    """Variance rate of the implied volatility that no hedge with shares removes: α²(1 − ρ²), vol points² a year.
+
+    α is the absolute volatility of the implied volatility, ρ its correlation with the spot (Stoikov & Sağlam 2009).
+    """
+    _, variance_of_variance = dynamics.next_variance_moments(variance)
+    hedgeable = dynamics.return_volatility_covariance(variance) ** 2 * variance
+    residual = (variance_of_variance / dynamics.dt - hedgeable).clamp(min=0)
+    volatility = dynamics.expected_average_variance(variance, steps_left).sqrt()
+    return residual * volatility_slope(dynamics, volatility, steps_left) ** 2
+
+
+class AgainstRivals(VectorEnv):
+    """One seat of a `QuotingEnv`, the others taken by given policies: a market for one learner or one contestant.
+
+    Args:
+        env: the market of all makers.
+        rivals: their policies, observation (n, size) → action (n, 4), one for every other seat, next seat first.
+        seat: of the learner.
+
+    Observation (n, size), action (n, 4), reward (n,) and `info` (n,) are those of the seat, see `QuotingEnv`.
+    """
+
+    metadata = QuotingEnv.metadata
+
+    def __init__(self, env: QuotingEnv, rivals: Sequence[Policy], seat: int = 0):
+        if len(rivals) != env.num_makers - 1:
+            raise ValueError(f"{len(rivals)} rivals (num_makers − 1 = {env.num_makers - 1})")
+        if not 0 <= seat < env.num_makers:
+            raise ValueError(f"seat is {seat} (at least 0, at most {env.num_makers - 1})")
+        self.env = env
+        self.rivals = list(rivals)
+        self.seat = seat
+        self.other_seats = [(seat + 1 + i) % env.num_makers for i in range(len(rivals))]
+        self.num_envs = env.num_envs
+        self.num_steps = env.num_steps
+        self.device = env.device
+        self.dtype = env.dtype
+        self.single_observation_space = env.maker_observation_space
+        self.single_action_space = env.maker_action_space
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, env.num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
+
+    @property
+    def generator(self) -> torch.Generator:
+        return self.env.generator
+
+    def like(self, num_envs: int) -> Self:
+        """The same market with another number of rows."""
+        return type(self)(self.env.like(num_envs), self.rivals, self.seat)
+
+    def standing_still(self, num_envs: int, variance: Tensor | float | None = None) -> Self:
+        """The same market with constant spot, constant variance (n,) and no takers, in which to look at policies."""
+        still = self.like(num_envs)
+        market, steps = still.env, self.num_steps
+        tensor = {"device": self.device, "dtype": market.dtype}
+        variance = torch.as_tensor(market.dynamics.initial_variance if variance is None else variance, **tensor)
+        intensity = torch.full((num_envs, steps, 2), market.arrival_rate, **tensor)
+        nobody = torch.full((num_envs, steps, 2, market.num_options, 1), 2.0, **tensor)
+        spot = torch.full((num_envs, steps + 1), market.initial_spot, **tensor)
+        market.set_market(spot, variance.expand(num_envs)[:, None].expand_as(spot), intensity, nobody)
+        still.replay()
+        return still
+
+    def observe_at(self, t: int, vega: Tensor | float = 0.0) -> Tensor:
+        """Observation of the seat (n, size) at step t of the current market, after the rivals have quoted without
+        inventory. The seat holds `vega` (currency per vol point) in the middle option, hedged."""
+        market = self.env
+        market.replay()
+        market.t = t
+        for seat, policy in zip(self.other_seats, self.rivals, strict=True):
+            market.edges[:, seat] = market.to_edges(policy(market.observe()[:, seat]))
+        middle = market.num_options // 2
+        held = vega / market.vega[t, :, middle]
+        market.position[:, self.seat, middle] = held
+        market.holding[:, self.seat] = -held * market.delta[t, :, middle]
+        return market.observe()[:, self.seat]
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
+        """As `QuotingEnv.reset`, from the seat."""
+        self.observations, info = self.env.reset(seed=seed, options=options)
+        return self.observations[:, self.seat], info
+
+    def replay(self) -> tuple[Tensor, dict]:
+        """As `QuotingEnv.replay`, from the seat."""
+        self.observations, info = self.env.replay()
+        return self.observations[:, self.seat], info
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """actions (n, 4) → observation (n, size), reward, terminated, truncated (n,), info of the seat."""
+        everyone = [None] * self.env.num_makers
+        everyone[self.seat] = actions
+        for seat, policy in zip(self.other_seats, self.rivals, strict=True):
+            everyone[seat] = policy(self.observations[:, seat])
+        self.observations, reward, terminated, truncated, info = self.env.step(torch.stack(everyone, 1))
+        info = {name: value[:, self.seat] for name, value in info.items()}
+        return self.observations[:, self.seat], reward[:, self.seat], terminated, truncated, info

@@ -1,0 +1,200 @@
+"""The market that the flags describe: the model of the underlying, and the flags that phases 3 and 4 share."""
+
+import math
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+
+from envs.calibration.marlvol import Marlvol
+from envs.market.dynamics import GARCH, GBM, Dynamics, Heston, Merton
+from envs.market.history import Historical, fit_garch, load_closes
+from envs.market.units import TRADING_DAYS
+from envs.run.args import check_range
+from envs.run.errors import UsageError, check
+from envs.run.files import load_checkpoint
+
+NAMES = ("gbm", "garch", "heston", "merton", "marlvol", "historical")
+
+
+@dataclass
+class ModelArgs:
+    """Flags of the model of the underlying. A script's Args add `num_steps`, the steps of an episode."""
+
+    dynamics: str = "gbm"
+    """model of the underlying: gbm, garch, heston, merton, marlvol; historical (real closes) with --evaluate only"""
+    volatility: float = 0.2
+    """annualised volatility of gbm, a decimal"""
+    history: str | None = None
+    """CSV with columns date and close for garch and historical; the S&P 500 of 1999–2018 by default"""
+    history_end: str | None = None
+    """YYYY-MM-DD: garch is fitted on closes up to this day, historical replays the closes after it"""
+    marlvol_checkpoint: str | None = None
+    """run folder or checkpoint of phase 0, whose market marlvol is"""
+
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work."""
+        super().check()
+        names = NAMES if self.evaluate else [name for name in NAMES if name != "historical"]
+        hint = "" if self.evaluate else "; historical with --evaluate"
+        check(self.dynamics in names, f"--dynamics is {self.dynamics!r} (one of {', '.join(names)}{hint})")
+        calibrated = self.dynamics == "marlvol"
+        named = self.marlvol_checkpoint is not None
+        check(named or not calibrated, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0")
+        check(calibrated or not named or self.evaluate, "--marlvol-checkpoint needs --dynamics marlvol")
+        fitted = self.dynamics == "garch" or self.evaluate
+        check(fitted or not (self.history or self.history_end), "--history and --history-end need --dynamics garch")
+        check_range(self, 1, 2520, "num_steps")
+        check_range(self, 1e-3, 10, "volatility")
+        most = 3 / math.sqrt(self.num_steps / TRADING_DAYS)  # beyond, the spot is as good as zero at the end
+        check(self.volatility <= most, f"--volatility is {self.volatility} (at most {most:.2g} over --num-steps)")
+
+
+@dataclass
+class HestonArgs(ModelArgs):
+    """Flags of the model of the underlying where heston is the default."""
+
+    dynamics: str = "heston"
+    """model of the underlying: gbm, garch, heston, merton, marlvol; historical (real closes) with --evaluate only"""
+    volatility: float = 0.2
+    """annualised volatility, a decimal: of gbm, and at the start and in the long run of heston"""
+    mean_reversion: float = 4.0
+    """speed of heston's mean reversion, per year"""
+    vol_of_vol: float = 0.5
+    """volatility of heston's variance"""
+    correlation: float = -0.7
+    """correlation of heston's variance with the spot"""
+
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work."""
+        super().check()
+        check_range(self, 1e-3, 100, "mean_reversion")
+        check_range(self, 1e-3, 3, "vol_of_vol")
+        check_range(self, -1, 1, "correlation")
+
+
+@dataclass
+class QuotingArgs(HestonArgs):
+    """Flags of a market of makers (`QuotingEnv`)."""
+
+    num_steps: int = 60
+    """steps of an episode, half a trading day each (garch, historical: a day); the options live twice as long"""
+    num_makers: int = 2
+    """makers in the market"""
+    arrival_rate: float = 0.5
+    """mean number of takers a step who want to buy (and to sell) each option"""
+    flow_sd: float = 0.5
+    """standard deviation of the order flow's imbalance: takers come at arrival_rate × (1 ± imbalance)"""
+    choice_sensitivity: float = 2.0
+    """k of the takers' logit choice, per vol point: the larger, the more the best price takes all"""
+    cost_rate: float = 5e-4
+    """proportional cost of hedging per unit of currency traded (5e-4 = 5 bp)"""
+    risk_aversion: float = 1.0
+    """weight of ½ΔW² in the reward, 1/currency"""
+    privileged: bool = False
+    """let the agent see its rivals' vegas and positions (for study)"""
+
+    def market(self) -> dict[str, float]:
+        """The settings of `QuotingEnv` by name."""
+        names = ("num_makers", "num_steps", "arrival_rate", "flow_sd", "choice_sensitivity", "cost_rate")
+        return {name: getattr(self, name) for name in (*names, "risk_aversion", "privileged")}
+
+    def described(self) -> dict:
+        """The flags that make a market another one, for the report."""
+        model = ("dynamics", "volatility", "mean_reversion", "vol_of_vol", "correlation")
+        return {name: getattr(self, name) for name in model} | self.market()
+
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work."""
+        super().check()
+        check_range(self, 2, 16, "num_makers")
+        check_range(self, 0, 20, "arrival_rate", open_low=True)
+        check_range(self, 0, 10, "flow_sd")
+        check_range(self, 0, 1e6, "choice_sensitivity", open_low=True)
+        check_range(self, 0, 0.5, "cost_rate")
+        check_range(self, 0, 1e3, "risk_aversion")
+
+
+def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS, lifetime: int = 1) -> Dynamics:
+    """The model of the underlying that the flags describe.
+
+    Args:
+        dt: years of a step; garch and historical have their own, a trading day.
+        lifetime: how many episodes long the options live.
+
+    Raises:
+        UsageError: unusable data, or more steps than the model has.
+    """
+    try:
+        model = _make_model(args, dt)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    allowed = f"at most {model.last_step} with this market: the smile ends there"
+    if lifetime == 2:
+        allowed = f"at most {model.last_step // 2} with this market: options expire after twice that, and the smile ends"
+    check(lifetime * args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
+    return model
+
+
+def _make_model(args: ModelArgs, dt: float) -> Dynamics:
+    if args.dynamics == "gbm":
+        return GBM(args.volatility, dt)
+    if args.dynamics == "heston":
+        if not isinstance(args, HestonArgs):
+            return Heston(dt=dt)
+        variance = args.volatility**2
+        return Heston(variance, variance, args.mean_reversion, args.vol_of_vol, args.correlation, dt)
+    if args.dynamics == "merton":
+        return Merton(dt=dt)
+    if args.dynamics == "marlvol":
+        return load_market(args.marlvol_checkpoint, dt)
+    return _model_of_closes(args.history, args.history_end, args.num_steps, args.dynamics == "historical")
+
+
+def _model_of_closes(path: str | None, last: str | None, num_steps: int, replay: bool) -> GARCH | Historical:
+    """garch fitted to the closes up to the day `last`, or with `replay` the closes after it.
+
+    Raises:
+        ValueError: unusable data, or fewer than twelve episodes to replay: no interval means anything then.
+    """
+    try:
+        last_day = date.fromisoformat(last) if last is not None else date.max
+    except ValueError:
+        raise ValueError(f"--history-end is {last!r} (a day, YYYY-MM-DD)") from None
+    dates, closes = load_closes(path)
+    in_sample = dates <= np.datetime64(last_day)
+    garch = fit_garch(closes[in_sample])
+    if not replay:
+        return garch
+    after = int((~in_sample).sum())
+    if after < 12 * num_steps:  # six blocks of the bootstrap around its mean
+        allowed = f"at least {12 * num_steps}, twelve episodes"
+        raise ValueError(f"historical replays the closes after --history-end: there are {after} ({allowed})")
+    # The last close of the fitting period opens the first window: its return belongs to the evaluation.
+    first = int(in_sample.sum()) - 1
+    source = path or "S&P 500"
+    return Historical(closes[first:], garch, warm_up=closes[: first + 1], dates=dates[first:], source=source)
+
+
+def load_market(path: str, dt: float = 1 / TRADING_DAYS) -> Marlvol:
+    """The market of a run of phase 0: its folder or checkpoint.
+
+    Raises:
+        ValueError: not a checkpoint of phase 0, or one whose market does not fit.
+    """
+    content = load_checkpoint(path, "phase0")
+    if "market" not in content:
+        raise ValueError(f"{path}: the run has not been finished, so there is no market in it (--resume)")
+    try:
+        return Marlvol(content["market"], dt)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check_unseen(args: ModelArgs, trained: ModelArgs) -> None:
+    """Raises `UsageError` if an agent would be evaluated on real closes that it was trained on."""
+    if args.dynamics == "historical" and trained.dynamics == "garch":
+        seen = trained.history_end
+        apart = trained.history == args.history and seen is not None and seen <= args.history_end
+        until = f"closes of {trained.history or 'the S&P 500'} until {seen or 'their end'}"
+        check(apart, f"--history-end is {args.history_end}, but the agent was trained on {until}")
