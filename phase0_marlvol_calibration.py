@@ -438,8 +438,9 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     ratio = (agent.log_prob(means, batch.actions) - batch.logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages).mean()
-    new = torch.distributions.Normal(means, agent.actor_logstd.exp())
-    old = torch.distributions.Normal(batch.means, batch.logstds.exp())
+    # (Validation would wait for the device.)
+    new = torch.distributions.Normal(means, agent.actor_logstd.exp(), validate_args=False)
+    old = torch.distributions.Normal(batch.means, batch.logstds.exp(), validate_args=False)
     kl = torch.distributions.kl_divergence(old, new).sum(-1).mean()
     value_loss = torch.zeros_like(kl)
     if not args.common_random_numbers:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from envs import runs  # noqa: E402
+from envs.run.errors import DivergenceError, UsageError  # noqa: E402
 
 
 def run_phase(script: str, flags: list[str], label: str) -> Path:
@@ -22,8 +22,10 @@ def run_phase(script: str, flags: list[str], label: str) -> Path:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
-        kind = runs.UsageError if done.returncode == 2 else runs.DivergenceError
+        kind = UsageError if done.returncode == 2 else DivergenceError
         raise kind(f"{label}: {reason}")
+    if ":" not in done.stdout:  # an exit code of 1 can also be Python's own, before the script begins
+        raise DivergenceError(f"{label}: {(done.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
     folder = Path(done.stdout.split(":", 1)[0])
     print(f"{label}: {folder}, {'passed' if done.returncode == 0 else 'failed'}", flush=True)
     return folder

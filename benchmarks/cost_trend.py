@@ -18,7 +18,12 @@ from pathlib import Path
 
 from as_user import run_phase  # puts the root of the project on the path, too
 
-from envs import figures, runs
+from envs.benchmark.report import Estimate, Table
+from envs.figures.hedging import cost_trend
+from envs.run.args import check_range, parse_args
+from envs.run.errors import check
+from envs.run.files import new_folder, write_json
+from envs.run.run import run_main
 from phase2_multi_order_sac import Args as Phase2Args
 
 
@@ -47,22 +52,40 @@ def train(args: Args, cost_rate: float) -> dict:
     return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
 
 
+def trend_table(results: dict[float, dict]) -> Table:
+    """What agent and tuned constant band do at each cost rate; `results` are their benchmark.json."""
+    header = [
+        "cost rate",
+        "agent: shares traded",
+        "|net delta|",
+        "band: shares traded",
+        "|net delta|",
+        "agent − band [95 %]",
+    ]
+    body = []
+    for rate in sorted(results):
+        agent = results[rate]["rows"]["agent"]
+        band = results[rate]["rows"]["constant band, tuned"]
+        ahead = Estimate(**results[rate]["advantages"]["constant band, tuned"])
+        traded = [f"{agent['turnover']:.2f}", agent["net_delta"], f"{band['turnover']:.2f}", band["net_delta"]]
+        body.append([f"{1e4 * rate:g} bp", *traded, str(ahead)])
+    return Table(header, body)
+
+
 def main(argv) -> bool:
-    args = runs.parse_args(Args, argv)
-    runs.check(len(set(args.cost_rates)) == len(args.cost_rates) > 1, "--cost-rates needs two or more different ones")
-    runs.check_range(args, 1, 64, "jobs")
-    runs.check(all(0 < rate <= 0.5 for rate in args.cost_rates), f"--cost-rates are {args.cost_rates} (0 to 0.5)")
+    args = parse_args(Args, argv)
+    check(len(set(args.cost_rates)) == len(args.cost_rates) > 1, "--cost-rates needs two or more different ones")
+    check_range(args, 1, 64, "jobs")
+    check(all(0 < rate <= 0.5 for rate in args.cost_rates), f"--cost-rates are {args.cost_rates} (0 to 0.5)")
     with ThreadPoolExecutor(args.jobs) as pool:
         benchmarks = list(pool.map(lambda rate: train(args, rate), args.cost_rates))
-    folder = runs.new_folder(Path("runs/cost_trend"))
+    folder = new_folder(Path("runs/cost_trend"))
     rows = {rate: result["rows"] for rate, result in zip(args.cost_rates, benchmarks, strict=True)}
-    runs.write_json(folder / "cost_trend.json", {str(rate): row for rate, row in rows.items()})
-    figures.cost_trend(folder / "cost_trend.png", rows, f"Phase 2: hedging against its cost (seed {args.seed})")
-    print("\n cost rate   agent: shares traded, |net delta|   constant band: shares traded, |net delta|")
-    for rate in sorted(rows):
-        agent, band = rows[rate]["agent"], rows[rate]["constant band, tuned"]
-        print(f"{1e4 * rate:7g} bp {agent['turnover']:23.2f} {agent['net_delta']:13.3f}", end="")
-        print(f"{band['turnover']:32.2f} {band['net_delta']:13.3f}")
+    write_json(folder / "cost_trend.json", {str(rate): row for rate, row in rows.items()})
+    cost_trend(folder / "cost_trend.png", rows, f"Phase 2: hedging against its cost (seed {args.seed})")
+    table = str(trend_table(dict(zip(args.cost_rates, benchmarks, strict=True))))
+    (folder / "cost_trend.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n")
     turnover = [rows[rate]["agent"]["turnover"] for rate in sorted(rows)]
     left = [rows[rate]["agent"]["net_delta"] for rate in sorted(rows)]
     trend = turnover == sorted(turnover, reverse=True) and left == sorted(left)
@@ -73,4 +96,4 @@ def main(argv) -> bool:
 
 
 if __name__ == "__main__":
-    runs.run(main, sys.argv[1:])
+    run_main(main, sys.argv[1:])

@@ -15,7 +15,11 @@ from pathlib import Path
 
 from as_user import run_phase  # puts the root of the project on the path, too
 
-from envs import benchmark, runs
+from envs.benchmark.report import markdown_table
+from envs.run.args import check_range, parse_args
+from envs.run.errors import check
+from envs.run.files import new_folder, read_metrics, write_json
+from envs.run.run import run_main
 
 DIFFERENCE = ["--reward", "difference"]
 VARIANTS = {
@@ -44,6 +48,12 @@ class Args:
     """runs side by side"""
 
 
+def seconds_per_iteration(folder: Path, iterations: int) -> float:
+    """The time that an iteration of this run took."""
+    last = read_metrics(folder / "metrics.csv")[-1]
+    return last["global_step"] / iterations / last["charts/SPS"]
+
+
 def train(args: Args, variant: str, seed: int) -> dict:
     """Iterations, seconds and errors of one run."""
     flags = ["--seed", str(seed), "--num-evaluations", "1", "--exp-name", "ablation", *VARIANTS[variant]]
@@ -51,31 +61,31 @@ def train(args: Args, variant: str, seed: int) -> dict:
     short = run_phase(
         "phase0_marlvol_calibration.py", [*flags, "--num-iterations", "2", "--eval-paths", "12000"], label
     )
-    each = runs.read_metrics(short / "metrics.csv")[-1]["charts/seconds_per_iteration"]
-    iterations = max(1, round(args.seconds / each))
+    iterations = max(1, round(args.seconds / seconds_per_iteration(short, 2)))
     folder = run_phase("phase0_marlvol_calibration.py", [*flags, "--num-iterations", str(iterations)], label)
     result = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
-    seconds = iterations * runs.read_metrics(folder / "metrics.csv")[-1]["charts/seconds_per_iteration"]
+    seconds = iterations * seconds_per_iteration(folder, iterations)
     return {"variant": variant, "seed": seed, "iterations": iterations, "seconds": seconds, **result["rows"]["agent"]}
 
 
 def main(argv) -> bool:
-    args = runs.parse_args(Args, argv)
-    runs.check(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds needs one or more different ones")
-    runs.check(set(args.variants) <= set(VARIANTS), f"--variants are {', '.join(VARIANTS)}")
-    runs.check_range(args, 1, 64, "jobs")
-    runs.check_range(args, 1, 1e5, "seconds")
+    args = parse_args(Args, argv)
+    check(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds needs one or more different ones")
+    check(set(args.variants) <= set(VARIANTS), f"--variants are {', '.join(VARIANTS)}")
+    check_range(args, 1, 64, "jobs")
+    check_range(args, 1, 1e5, "seconds")
     pairs = list(product(args.variants, args.seeds))
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(lambda pair: train(args, *pair), pairs))
-    folder = runs.new_folder(Path("runs/marlvol_ablation"))
-    runs.write_json(folder / "ablation.json", {"args": asdict(args), "rows": rows})
+    folder = new_folder(Path("runs/marlvol_ablation"))
+    write_json(folder / "ablation.json", {"args": asdict(args), "rows": rows})
     body = []
     for variant in args.variants:
         of = [row for row in rows if row["variant"] == variant]
         errors = ", ".join(f"{row['rmse']:.3f}" for row in of)
         mean = sum(row["rmse"] for row in of) / len(of)
-        worst, iterations = max(row["worst"] for row in of), sum(row["iterations"] for row in of) / len(of)
+        worst = max(row["worst"] for row in of)
+        iterations = sum(row["iterations"] for row in of) / len(of)
         seconds = sum(row["seconds"] for row in of) / len(of)
         body.append([variant, f"{mean:.3f}", errors, f"{worst:.2f}", f"{iterations:.0f}", f"{seconds:.0f}"])
     header = [
@@ -86,11 +96,11 @@ def main(argv) -> bool:
         "iterations",
         "seconds",
     ]
-    table = benchmark.markdown_table(header, body)
+    table = markdown_table(header, body)
     (folder / "ablation.md").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n\nerrors in vol points; report: {folder}")
     return True
 
 
 if __name__ == "__main__":
-    runs.run(main, sys.argv[1:])
+    run_main(main, sys.argv[1:])

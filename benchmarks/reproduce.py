@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -120,8 +121,8 @@ EXPERIMENTS = (
 )
 NAMED = {experiment.name: experiment for experiment in EXPERIMENTS}
 
-# ROWS: label, and template of a cell, which is filled with what the run left (see `read_run`). Of an advantage or a
-# share `:.4f` and `:.1%` print the 95 % interval, too.
+# ROWS: label, and template of a cell. The template is filled with the content of a run's folder (see `read_run`). For
+# an advantage or a share `:.4f` and `:.1%` print the 95 % interval, too.
 
 BS = "Black–Scholes delta"
 WW = "Whalley–Wilmott, tuned"
@@ -344,10 +345,10 @@ def read_json(path: Path):
 
 
 def read_run(folder: Path) -> dict:
-    """What the templates are filled with: benchmark.json, and what follows from it and from cross_play.json.
+    """The values that templates are filled with: benchmark.json, and figures derived from it and from cross_play.json.
 
-    `numbers` are the first number in each criterion's detail; `made` is reproduced.json. Of a script of benchmarks/
-    only `made`, `folder` and, of selfplay_starts, `off_nash`: how far each final edge is off Nash, as a share.
+    `numbers` are the first number in each criterion's detail; `made` is reproduced.json. A script of benchmarks/ has
+    `made` and `folder` only, selfplay_starts also `off_nash`, the distance of each final edge from Nash, as a share.
     """
     run = {"folder": folder, "made": read_json(folder / "reproduced.json")}
     if (folder / "selfplay_starts.json").is_file():
@@ -366,7 +367,7 @@ def read_run(folder: Path) -> dict:
         run["above_floor"] = agent["price"] - agent["floor"]
     if (folder / "cross_play.json").is_file():
         run["cross_play"] = read_cross_play(folder / "cross_play.json")
-        run["least_margin"] = next((least_margin(x) for name, x in details.items() if "snapshots" in name), "")
+        run["least_margin"] = next((least_margin(x) for name, x in details.items() if "snapshot" in name), "")
     return run
 
 
@@ -385,8 +386,8 @@ def read_cross_play(path: Path) -> dict:
 
 def least_margin(detail: str) -> str:
     """Interval, snapshot and rival of the least margin, from what the criterion on snapshots says of it."""
-    found = re.search(r"(step [\d,]+), against (.+?): [-+][\d.]+ (\[[^]]+\])", detail)
-    return f"{found[3]}, {found[1]}, {found[2]}" if found else detail
+    found = re.search(r"the least [-+.\d]+ (\[[^]]+\]), (.+) against (.+)", detail)
+    return ", ".join(found.groups()) if found else detail
 
 
 # TABLES
@@ -395,7 +396,8 @@ def least_margin(detail: str) -> str:
 def spread(values: Sequence, spec: str) -> str:
     """One text for the values of several runs: numbers from the least to the largest, others one after the other."""
     if all(isinstance(value, float | int) for value in values):
-        least, most = number(min(values), spec), number(max(values), spec)
+        least = number(min(values), spec)
+        most = number(max(values), spec)
         return least if least == most else f"{least} to {most}"
     return "; ".join(dict.fromkeys(format(value, spec) for value in values))
 
@@ -494,7 +496,7 @@ def summary(runs: Runs, old: str) -> str:
 
 def answer(runs: Runs, old: str) -> str:
     """The README's answer, in two sentences."""
-    return fill(ANSWER, runs("phase4"))
+    return textwrap.fill(fill(ANSWER, runs("phase4")), 120)
 
 
 # DOCUMENTS: which table stands where, from which experiments, and the figures that belong to it
@@ -502,7 +504,7 @@ def answer(runs: Runs, old: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """What stands between the markers `name` of a document.
+    """A table, which stands between the markers `name` of a document.
 
     `figures`: figure of the first experiment's first run folder → figure in docs/, both without .png. `plain`: without
     commands, date and versions, as in the README.
@@ -662,6 +664,8 @@ class Folders:
                 begun = self.unfinished(task, name)
             flags = ["--resume", str(begun)] if begun is not None else [*flags, "--exp-name", name]
             folder = run_phase(task.experiment.script, flags, task.label)
+            if not (folder / "benchmark.json").is_file():
+                raise DivergenceError(f"{task.label}: ended without a benchmark")
         minutes = (time.monotonic() - start) / 60 if begun is None else None
         write_json(folder / "reproduced.json", provenance(task, own, minutes))
 
@@ -698,7 +702,7 @@ def provenance(task: Task, own_digest: str, minutes: float | None) -> dict:
 
 
 def git(*arguments: str) -> str:
-    """What a git command prints; nothing without git or a repository."""
+    """The output of a git command; empty without git or a repository."""
     if shutil.which("git") is None:
         return ""
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
@@ -766,7 +770,7 @@ def command(experiment: Experiment, seeds: Sequence[int]) -> str:
 
 
 def block(table: Table, runs: Runs, old: str, seeds: Sequence[int]) -> str:
-    """What is to stand between the markers: commands, table, and what made it."""
+    """The text between the markers: commands, table, and a line that says what made it."""
     text = table.write(runs, old)
     if table.plain:
         return text

@@ -20,7 +20,12 @@ from pathlib import Path
 
 from as_user import run_phase  # puts the root of the project on the path, too
 
-from envs import figures, runs
+from envs.benchmark.report import Table
+from envs.figures.selfplay import edge_over_training
+from envs.run.args import check_range, parse_args
+from envs.run.errors import check
+from envs.run.files import new_folder, read_metrics, write_json
+from envs.run.run import run_main
 
 NEUTRAL = ("--dynamics", "gbm", "--risk-aversion", "0", "--cost-rate", "0", "--gamma", "0")
 
@@ -47,36 +52,48 @@ def train(args: Args, start: float, seed: int) -> tuple[dict, list[dict]]:
     flags += [*(NEUTRAL if args.neutral else ()), *shlex.split(args.flags)]
     folder = run_phase("phase4_selfplay.py", flags, f"start {start:g}, seed {seed}")
     result = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
-    return result, runs.read_metrics(folder / "metrics.csv")
+    return result, read_metrics(folder / "metrics.csv")
+
+
+def starts_table(rows: list[dict], neutral: bool) -> Table:
+    """Where each run ended; with `neutral` beside what is known there."""
+    header = ["start", "seed", "final edge", "off Nash", "passed"]
+    header += ["collusion index", "exploitable in closed form"] if neutral else []
+    body = []
+    for row in rows:
+        off = 100 * (row["edge"] / row["nash"] - 1)
+        cells = [f"{row['start']:g}", str(row["seed"]), f"{row['edge']:.4f}", f"{off:+.2f} %"]
+        cells.append("yes" if row["passed"] else "no")
+        cells += [f"{row['collusion']:+.3f}", f"{100 * row['exploitability']:.3f} %"] if neutral else []
+        body.append(cells)
+    return Table(header, body)
 
 
 def main(argv) -> bool:
-    args = runs.parse_args(Args, argv)
+    args = parse_args(Args, argv)
     if args.starts is None:
         args.starts = (0.5, 1.2) if args.neutral else (0.9, 1.6)
-    runs.check(len(set(args.starts)) == len(args.starts) > 1, "--starts needs two or more different ones")
-    runs.check(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds needs one or more different ones")
-    runs.check_range(args, 1, 64, "jobs")
+    check(len(set(args.starts)) == len(args.starts) > 1, "--starts needs two or more different ones")
+    check(len(set(args.seeds)) == len(args.seeds) > 0, "--seeds needs one or more different ones")
+    check_range(args, 1, 64, "jobs")
     pairs = list(product(args.starts, args.seeds))
     with ThreadPoolExecutor(args.jobs) as pool:
         done = dict(zip(pairs, pool.map(lambda pair: train(args, *pair), pairs), strict=True))
-    folder = runs.new_folder(Path("runs/selfplay_starts"))
+    folder = new_folder(Path("runs/selfplay_starts"))
     rows = [
         {"start": start, "seed": seed, "passed": result["passed"], **result["settings"]["competition"]}
         for (start, seed), (result, _) in done.items()
     ]
-    runs.write_json(folder / "selfplay_starts.json", rows)
+    write_json(folder / "selfplay_starts.json", rows)
     curves = {f"from {start:g}, seed {seed}": curve for (start, seed), (_, curve) in done.items()}
     title = next(iter(done.values()))[0]["title"]
     known = rows[0]
-    figures.edge_over_training(folder / "selfplay_starts.png", curves, known["nash"], known["monopoly"], title)
-    print(f"\nNash {known['nash']:.4f}, monopoly {known['monopoly']:.4f} vol points, where nothing is risked")
-    print(" start  seed  final edge  off Nash  passed", " collusion index  exploitable in closed form" * args.neutral)
-    for row in rows:
-        off = 100 * (row["edge"] / row["nash"] - 1)
-        print(f"{row['start']:6g} {row['seed']:5d} {row['edge']:11.4f} {off:+7.2f} % {row['passed']!s:>7}", end="")
-        rest = f"{row['collusion']:+17.3f} {100 * row['exploitability']:26.3f} %" if args.neutral else ""
-        print(rest)
+    edge_over_training(folder / "selfplay_starts.png", curves, known["nash"], known["monopoly"], title)
+    table = str(starts_table(rows, args.neutral))
+    (folder / "selfplay_starts.md").write_text(table + "\n", encoding="utf-8")
+    print(
+        f"\nNash {known['nash']:.4f}, monopoly {known['monopoly']:.4f} vol points, where nothing is risked\n\n{table}\n"
+    )
     apart = {}
     for seed in args.seeds:
         edges = [row["edge"] for row in rows if row["seed"] == seed]
@@ -87,4 +104,4 @@ def main(argv) -> bool:
 
 
 if __name__ == "__main__":
-    runs.run(main, sys.argv[1:])
+    run_main(main, sys.argv[1:])

@@ -4,7 +4,8 @@
     python benchmarks/throughput.py --num-envs 64 1024 16384 --modes eager cudagraphs
     python benchmarks/throughput.py --peers                           Stable-Baselines3 beside it (CPU)
 
-Each figure is the second half of a run, so that start-up, warm-up and graph capture stay out of it.
+Each figure is the second half of a run, so that start-up, warm-up and graph capture stay out of it. The table is written
+to runs/throughput/ (or -2, -3 …).
 """
 
 import os
@@ -20,12 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import tyro
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.vec_env import VecEnv
 
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
 import phase4_selfplay as phase4
-from envs import AgainstRivals, HedgingEnv, makers, runs
+from envs import AgainstRivals, HedgingEnv
+from envs.benchmark.makers import Makers, classical_makers
+from envs.benchmark.report import Table
+from envs.market.units import TRADING_DAYS
+from envs.models import make_model
+from envs.run.files import new_folder, read_metrics
+from envs.run.run import Run
 
 
 @dataclass
@@ -49,21 +58,33 @@ class Args:
     epochs; SAC with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trained_speed(module, phase_args, *market) -> float:
+    """Environment steps a second in the second half of a training run; `market` is what `train` takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        module.train(Run(phase_args, module.PHASE, DEVICE, folder=Path(folder)), *market)
+        return read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
+
+
+def run_settings(mode: str) -> dict:
+    return {
+        "num_evaluations": 2,
+        "save_model": False,
+        "cudagraphs": mode == "cudagraphs",
+        "compile": mode == "compile",
+    }
+
+
 def phase1_speed(args: Args, num_envs: int, mode: str) -> float:
     phase_args = phase1.Args(
         num_envs=num_envs,
         dynamics=args.dynamics,
         total_timesteps=args.iterations * num_envs * 30,
-        num_evaluations=2,
-        save_model=False,
-        cudagraphs=mode == "cudagraphs",
-        compile=mode == "compile",
+        **run_settings(mode),
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        model = phase1.make_dynamics(phase_args)
-        phase1.train(phase_args, model, Path(folder), device, None, None)
-        return runs.read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
+    return trained_speed(phase1, phase_args, make_model(phase_args))
 
 
 def phase2_speed(args: Args, num_envs: int, mode: str, **changes) -> tuple[float, float]:
@@ -76,43 +97,29 @@ def phase2_speed(args: Args, num_envs: int, mode: str, **changes) -> tuple[float
         num_envs=num_envs,
         dynamics=args.dynamics,
         total_timesteps=args.iterations * episode,
-        num_evaluations=2,
-        save_model=False,
-        cudagraphs=mode == "cudagraphs",
-        compile=mode == "compile",
+        **run_settings(mode),
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        phase2.train(phase_args, phase2.make_dynamics(phase_args), Path(folder), device, None, None)
-        speed = runs.read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
+    speed = trained_speed(phase2, phase_args, make_model(phase_args))
     return speed, speed * round(phase_args.utd * episode) / episode
 
 
-def phase3_market(num_envs: int) -> makers.Makers:
+def phase3_market(num_envs: int) -> Makers:
     phase_args = phase3.Args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return makers.classical_makers(phase3.make_market(phase_args, phase3.make_dynamics(phase_args), num_envs, device))
+    model = make_model(phase_args, dt=0.5 / TRADING_DAYS, lifetime=2)
+    return classical_makers(phase3.make_market(phase_args, model, num_envs, DEVICE))
 
 
 def quoting_speed(module, args: Args, num_envs: int, mode: str) -> float:
     """Steps a second of phase 3 or 4: of the agent, not of all the makers."""
-    phase_args = module.Args(
-        num_envs=num_envs,
-        total_timesteps=args.iterations * num_envs * 60,
-        num_evaluations=2,
-        save_model=False,
-        cudagraphs=mode == "cudagraphs",
-        compile=mode == "compile",
-    )
-    classics = phase3_market(64)
-    with tempfile.TemporaryDirectory() as folder:
-        module.train(phase_args, classics, Path(folder), classics.env.device, None, None)
-        return runs.read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
+    phase_args = module.Args(num_envs=num_envs, total_timesteps=args.iterations * num_envs * 60, **run_settings(mode))
+    guests = ({},) if module is phase4 else ()
+    return trained_speed(module, phase_args, phase3_market(64), *guests)
 
 
 def environment_speed(env: HedgingEnv | AgainstRivals) -> float:
     """Market alone: resets and steps with a constant action."""
-    num_envs, device = env.num_envs, env.device
+    num_envs = env.num_envs
+    device = env.device
     action = torch.full((num_envs, *env.single_action_space.shape), 0.05, device=device)
     for repeat in range(13):
         if repeat == 3:
@@ -129,8 +136,6 @@ def environment_speed(env: HedgingEnv | AgainstRivals) -> float:
 
 def batched(env: HedgingEnv | AgainstRivals):
     """The environment as Stable-Baselines3's VecEnv, so that its own Python loop over rows is not what is measured."""
-    from stable_baselines3.common.vec_env import VecEnv
-
     num_envs = env.num_envs
 
     class Batched(VecEnv):
@@ -172,8 +177,6 @@ def batched(env: HedgingEnv | AgainstRivals):
 
 def stable_baselines3_ppo(env: HedgingEnv | AgainstRivals, iterations: int) -> float:
     """Steps a second with the same networks, rollout, minibatches and epochs as phases 1 and 3."""
-    from stable_baselines3 import PPO
-
     batch = env.num_envs * env.num_steps
     settings = {"n_steps": env.num_steps, "batch_size": batch // 8, "n_epochs": 4, "learning_rate": 1e-3}
     model = PPO("MlpPolicy", batched(env), **settings, device="cpu")
@@ -185,8 +188,6 @@ def stable_baselines3_ppo(env: HedgingEnv | AgainstRivals, iterations: int) -> f
 
 def stable_baselines3_sac(env: HedgingEnv, steps: int = 600) -> tuple[float, float]:
     """Environment steps and updates a second, one update of 256 transitions at every step of all environments."""
-    from stable_baselines3 import SAC
-
     settings = {"batch_size": 256, "train_freq": 1, "gradient_steps": 1, "policy_kwargs": {"net_arch": [64, 64]}}
     model = SAC("MlpPolicy", batched(env), **settings, buffer_size=100_000, device="cpu")
     model.learn(60 * env.num_envs)
@@ -199,17 +200,16 @@ def stable_baselines3_sac(env: HedgingEnv, steps: int = 600) -> tuple[float, flo
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} CPU cores"
     rows = []  # environments, what, steps/s, updates/s
 
     def measured(num_envs: int, what: str, steps: float, updates: float | None = None) -> None:
-        rows.append(f"| {num_envs:,} | {what} | {steps:,.0f} | {'' if updates is None else f'{updates:,.0f}'} |")
-        print(rows[-1], flush=True)
+        rows.append([f"{num_envs:,}", what, f"{steps:,.0f}", "" if updates is None else f"{updates:,.0f}"])
+        print(*rows[-1], flush=True)
 
     for num_envs in args.num_envs:
         if "phase1" in args.phases:
-            measured(num_envs, "phase 1's market alone", environment_speed(HedgingEnv(num_envs, device=device)))
+            measured(num_envs, "phase 1's market alone", environment_speed(HedgingEnv(num_envs, device=DEVICE)))
             for mode in args.modes:
                 measured(num_envs, f"phase 1, PPO, {mode}", phase1_speed(args, num_envs, mode))
             if args.peers:
@@ -217,7 +217,7 @@ def main() -> None:
                 measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(HedgingEnv(num_envs), iterations))
         if "phase2" in args.phases:
             phase_args = phase2.Args()
-            env = phase2.make_env(phase_args, phase2.make_dynamics(phase_args), num_envs, device)
+            env = phase2.make_env(phase_args, make_model(phase_args), num_envs, DEVICE)
             measured(num_envs, "phase 2's market alone", environment_speed(env))
             for mode in args.modes:
                 measured(num_envs, f"phase 2, SAC, {mode}", *phase2_speed(args, num_envs, mode))
@@ -228,16 +228,19 @@ def main() -> None:
         for name, module in (("phase3", phase3), ("phase4", phase4)):
             if name not in args.phases:
                 continue
-            env, number = phase3_market(num_envs).env, name[-1]
+            env = phase3_market(num_envs).env
+            number = name[-1]
             measured(num_envs, f"phase {number}'s market and rival alone", environment_speed(env))
             for mode in args.modes:
                 measured(num_envs, f"phase {number}, PPO, {mode}", quoting_speed(module, args, num_envs, mode))
             if args.peers and name == "phase3":
                 iterations = int(np.clip(200_000 // (num_envs * 60), 2, 40))
                 measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(env, iterations))
-    print(f"\n{where}, torch {torch.__version__}, {args.torch_threads} thread(s)\n")
-    print("| environments | what | steps/s | updates/s |\n|---:|---|---:|---:|")
-    print("\n".join(rows))
+    table = str(Table(["environments", "what", "steps/s", "updates/s"], rows))
+    machine = f"{where}, torch {torch.__version__}, {args.torch_threads} thread(s)"
+    folder = new_folder(Path("runs/throughput"))
+    (folder / "throughput.md").write_text(f"{table}\n\n{machine}\n", encoding="utf-8")
+    print(f"\n{table}\n\n{machine}; report: {folder}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tunes the classical makers of phase 3's markets and records them in envs/tuned_makers.json.
+"""Tunes the classical makers of phase 3's markets and records them in envs/benchmark/tuned_makers.json.
 
     python benchmarks/tune_makers.py --episodes 8192 --dynamics heston gbm garch merton
 
@@ -17,8 +17,11 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import phase3_spread_vs_bs as phase3
-from envs import makers, runs
-from envs.benchmark import TUNING_SEED
+from envs.benchmark import makers
+from envs.market.units import TRADING_DAYS
+from envs.models import make_model
+from envs.run.files import write_json
+from envs.run.seeds import TUNING_SEED
 
 
 @dataclass
@@ -38,12 +41,14 @@ def main(args: Args) -> None:
         markets.append(phase3.Args(dynamics="gbm", risk_aversion=0.0, cost_rate=0.0))
     for flags in markets:
         start = time.perf_counter()
-        market = phase3.make_market(flags, phase3.make_dynamics(flags), args.episodes, torch.device("cpu"))
+        market = phase3.make_market(
+            flags, make_model(flags, dt=0.5 / TRADING_DAYS, lifetime=2), args.episodes, torch.device("cpu")
+        )
         rival = makers.tune_rival(market)
         parameters = makers.tune_makers(market, rival, (*rival, 1.0))
         recorded = json.loads(makers.RECORDED.read_text(encoding="utf-8")) if makers.RECORDED.exists() else {}
         found = {"parameters": parameters, "episodes": args.episodes, "seed": TUNING_SEED}
-        runs.write_json(makers.RECORDED, {**recorded, makers.describe(market): found})
+        write_json(makers.RECORDED, {**recorded, makers.describe(market): found})
         print(f"{makers.describe(market)}: {parameters}, {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -14,11 +14,23 @@ registry. Nothing here imports a phase script, and only `run` knows Weights & Bi
 
 import gymnasium
 
-from envs.gym import HedgingGymEnv, QuotingGymEnv
+from envs.gym import HedgingGymEnv, HedgingGymVectorEnv, QuotingGymEnv, QuotingGymVectorEnv
 from envs.market.hedging import HedgingEnv
 from envs.market.quoting import AgainstRivals, QuotingEnv
 
-__all__ = ["AgainstRivals", "HedgingEnv", "HedgingGymEnv", "QuotingEnv", "QuotingGymEnv"]
+__all__ = [
+    "AgainstRivals",
+    "HedgingEnv",
+    "HedgingGymEnv",
+    "HedgingGymVectorEnv",
+    "QuotingEnv",
+    "QuotingGymEnv",
+    "QuotingGymVectorEnv",
+]
 
-gymnasium.register("OptionHedging-v0", entry_point="envs.gym:HedgingGymEnv", vector_entry_point="envs:HedgingEnv")
-gymnasium.register("OptionQuoting-v0", entry_point="envs.gym:QuotingGymEnv")
+gymnasium.register(
+    "OptionHedging-v0", entry_point="envs.gym:HedgingGymEnv", vector_entry_point="envs.gym:HedgingGymVectorEnv"
+)
+gymnasium.register(
+    "OptionQuoting-v0", entry_point="envs.gym:QuotingGymEnv", vector_entry_point="envs.gym:QuotingGymVectorEnv"
+)

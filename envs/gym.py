@@ -1,60 +1,131 @@
-"""The environments of the gymnasium registry: one episode at a time, numpy in and out."""
+"""The environments of the gymnasium registry, numpy in and out: one episode at a time, and a batch of them.
+
+    gymnasium.make("OptionHedging-v0")                    a row of `HedgingEnv`
+    gymnasium.make_vec("OptionHedging-v0", num_envs=64)   64 of them
+    gymnasium.make("OptionQuoting-v0")                    a row of `QuotingEnv`, from one maker's seat
+    gymnasium.make_vec("OptionQuoting-v0", num_envs=64)   64 of them
+
+Keyword arguments are those of the batched environment. To train on a GPU use the batched environments themselves: they
+take and return torch tensors, and nothing leaves the device.
+"""
 
 import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
 
 from envs.baselines.makers import avellaneda_stoikov
 from envs.market.hedging import HedgingEnv
 from envs.market.quoting import AgainstRivals, QuotingEnv
 
 
-class HedgingGymEnv(gym.Env):
-    """`HedgingEnv` for one environment, numpy in and out: gymnasium's `OptionHedging-v0`. Arguments as `HedgingEnv`."""
-
-    metadata = {"render_modes": []}
-
-    def __init__(self, **kwargs):
-        self.env = HedgingEnv(num_envs=1, **kwargs)
-        self.observation_space = self.env.single_observation_space
-        self.action_space = self.env.single_action_space
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        observation, _ = self.env.reset(seed=seed)
-        return observation[0].float().cpu().numpy(), {}
-
-    def step(self, action):
-        action = torch.as_tensor(action, dtype=self.env.dtype, device=self.env.device)[None]
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        info = {name: value.item() for name, value in info.items()}
-        return observation[0].float().cpu().numpy(), reward.item(), terminated.item(), truncated.item(), info
-
-
-class QuotingGymEnv(gym.Env):
-    """One maker against Avellaneda–Stoikov makers, one environment, numpy in and out: gymnasium's `OptionQuoting-v0`.
+def against_avellaneda_stoikov(
+    num_envs: int = 1, rival_risk_aversion: float = 0.23, rival_k: float = 0.8, **settings
+) -> AgainstRivals:
+    """One maker's seat of a `QuotingEnv`, all others taken by Avellaneda–Stoikov makers.
 
     Args:
-        rival_risk_aversion, rival_k: parameters of the rivals (`baselines.avellaneda_stoikov`); the defaults are tuned
-            in the default market.
+        rival_risk_aversion, rival_k: parameters of the rivals (`envs.baselines.makers.avellaneda_stoikov`); the
+            defaults are tuned in the default market.
         settings: as `QuotingEnv`.
     """
+    market = QuotingEnv(num_envs, **settings)
+    rival = avellaneda_stoikov(market, rival_risk_aversion, rival_k)
+    return AgainstRivals(market, [rival] * (market.num_makers - 1))
+
+
+def reset_numpy(env: HedgingEnv | AgainstRivals, seed: int | None, options: dict | None) -> np.ndarray:
+    """`env.reset` with an array: observations (num_envs, size)."""
+    observation, _ = env.reset(seed=seed, options=options)
+    return observation.float().cpu().numpy()
+
+
+def step_numpy(env: HedgingEnv | AgainstRivals, actions: np.ndarray) -> tuple:
+    """`env.step` with arrays: observation, reward, terminated, truncated, info."""
+    actions = torch.as_tensor(actions, dtype=env.dtype, device=env.device)
+    observation, reward, *ends, info = env.step(actions)
+    terminated, truncated = (x.cpu().numpy() for x in ends)
+    info = {name: value.cpu().numpy() for name, value in info.items()}
+    return observation.float().cpu().numpy(), reward.double().cpu().numpy(), terminated, truncated, info
+
+
+class SingleGymEnv(gym.Env):
+    """The only row of a batched environment."""
 
     metadata = {"render_modes": []}
 
-    def __init__(self, rival_risk_aversion: float = 0.23, rival_k: float = 0.8, **settings):
-        market = QuotingEnv(num_envs=1, **settings)
-        rival = avellaneda_stoikov(market, rival_risk_aversion, rival_k)
-        self.env = AgainstRivals(market, [rival] * (market.num_makers - 1))
-        self.observation_space = self.env.single_observation_space
-        self.action_space = self.env.single_action_space
+    def __init__(self, env: HedgingEnv | AgainstRivals):
+        self.env = env
+        self.observation_space = env.single_observation_space
+        self.action_space = env.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
-        observation, _ = self.env.reset(seed=seed)
-        return observation[0].float().cpu().numpy(), {}
+        return reset_numpy(self.env, seed, options)[0], {}
 
     def step(self, action):
-        action = torch.as_tensor(action, dtype=self.env.env.dtype, device=self.env.device)[None]
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = step_numpy(self.env, np.asarray(action)[None])
         info = {name: value.item() for name, value in info.items()}
-        return observation[0].float().cpu().numpy(), reward.item(), terminated.item(), truncated.item(), info
+        return observation[0], reward.item(), terminated.item(), truncated.item(), info
+
+
+class GymVectorEnv(VectorEnv):
+    """All rows of a batched environment, with gymnasium's usual autoreset (`AutoresetMode.NEXT_STEP`).
+
+    All rows end together. The step after that ignores its actions, starts the next episodes and has a reward of 0.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}
+
+    def __init__(self, env: HedgingEnv | AgainstRivals):
+        self.env = env
+        self.num_envs = env.num_envs
+        self.single_observation_space = env.single_observation_space
+        self.single_action_space = env.single_action_space
+        self.observation_space = env.observation_space
+        self.action_space = env.action_space
+        self.ended = False
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.ended = False
+        return reset_numpy(self.env, seed, options), {}
+
+    def step(self, actions):
+        if self.ended:
+            self.ended = False
+            nothing = np.zeros(self.num_envs, bool)
+            return reset_numpy(self.env, None, None), np.zeros(self.num_envs), nothing, nothing.copy(), {}
+        observation, reward, terminated, truncated, info = step_numpy(self.env, actions)
+        self.ended = bool(terminated.any())
+        # As gymnasium's own vector environments do: which rows have the value
+        info |= {f"_{name}": np.ones(self.num_envs, bool) for name in info}
+        return observation, reward, terminated, truncated, info
+
+
+class HedgingGymEnv(SingleGymEnv):
+    """gymnasium's `OptionHedging-v0`. Arguments as `HedgingEnv`."""
+
+    def __init__(self, **settings):
+        super().__init__(HedgingEnv(num_envs=1, **settings))
+
+
+class HedgingGymVectorEnv(GymVectorEnv):
+    """gymnasium's `OptionHedging-v0`, a batch. Arguments as `HedgingEnv`."""
+
+    def __init__(self, num_envs: int = 1, **settings):
+        super().__init__(HedgingEnv(num_envs, **settings))
+
+
+class QuotingGymEnv(SingleGymEnv):
+    """gymnasium's `OptionQuoting-v0`. Arguments as `against_avellaneda_stoikov`."""
+
+    def __init__(self, **settings):
+        super().__init__(against_avellaneda_stoikov(num_envs=1, **settings))
+
+
+class QuotingGymVectorEnv(GymVectorEnv):
+    """gymnasium's `OptionQuoting-v0`, a batch. Arguments as `against_avellaneda_stoikov`."""
+
+    def __init__(self, num_envs: int = 1, **settings):
+        super().__init__(against_avellaneda_stoikov(num_envs, **settings))

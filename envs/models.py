@@ -129,9 +129,8 @@ def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS, lifetime: int = 1)
         model = _make_model(args, dt)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    allowed = f"at most {model.last_step} with this market: the smile ends there"
-    if lifetime == 2:
-        allowed = f"at most {model.last_step // 2} with this market: options expire after twice that, and the smile ends"
+    why = "the smile ends there" if lifetime == 1 else "options expire after twice that, and the smile ends"
+    allowed = f"at most {model.last_step // lifetime} with this market: {why}" if model.last_step < math.inf else ""
     check(lifetime * args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
     return model
 

@@ -1,6 +1,7 @@
 """The bars of every verdict. Criteria take their texts from here, and every report prints those that it used."""
 
 MIN_EPISODES = 8192
+MIN_PATHS = 1_000_000  # of phase 0
 
 HEDGE_OPTION = {"gap closed": 0.97}  # share of the way from Black–Scholes to the exact optimum (phase 1)
 HEDGE_BOOK = {"gap closed": 0.95}  # the same (phase 2)
@@ -27,11 +28,12 @@ SELFPLAY_NEUTRAL = {  # where nothing is risked and hedging is free
     "collusion index": 0.1,  # 0 is competition, 1 a cartel
 }
 
-CALIBRATION = {
-    "RMSE": 0.12,  # vol points, of the maturities that are judged
-    "largest error": 0.4,  # vol points
-    "vanilla RMSE": 0.13,  # vol points, in the Bermudan task
+SMILE = {  # of a calibrated smile (phase 0), vol points, on the maturities that are judged
+    "RMSE": 0.12,
+    "largest error": 0.4,
+}
+BERMUDAN = {
+    "vanilla RMSE": 0.13,  # vol points
     "switch value": 0.30,  # share of local volatility's, with a path-dependent state
     "switch value off": 0.05,  # vol points from local volatility's, with the state (t, S)
-    "paths": 1_000_000,
 }

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from envs.benchmark.bars import CALIBRATION
+from envs.benchmark.bars import BERMUDAN, MIN_PATHS, SMILE
 from envs.benchmark.report import Z95, Benchmark, Estimate
 from envs.calibration.bermudan import Dependence, bermudan, learnt_dependence
 from envs.calibration.game import (
@@ -174,14 +174,15 @@ def judge_smile(title: str, settings: dict, played: Mapping[str, Calibration]) -
         for name, fit in played.items()
         if name != "agent"
     }
+    settings = {**settings, "bars": SMILE}
     result = Benchmark(
         title, settings, rows, advantages, columns=CALIBRATION_COLUMNS, advantage_title="its RMSE − agent's [95 %]"
     )
     ours = rows["agent"]
     result.require_advantage(CONSTANT)
-    bar = CALIBRATION["RMSE"]
+    bar = SMILE["RMSE"]
     result.require(f"RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
-    bar = CALIBRATION["largest error"]
+    bar = SMILE["largest error"]
     result.require(f"no error above {bar}", ours["worst"] <= bar, f"{ours['worst']:.3f} vol points")
     _require_paths(result)
     return result
@@ -222,6 +223,7 @@ def judge_bermudan(
             **settings,
             "ln m per standard deviation of ln S_t1 and of ln S_t": f"{on_t1:+.3f}, {on_now:+.3f}",
             "mean localised volatility bends at S_t1 =": learnt.kink,
+            "bars": BERMUDAN,
         },
         rows,
         {DUPIRE: saved},
@@ -231,17 +233,17 @@ def judge_bermudan(
     result.shares["switch value, of local volatility's"] = share
     ours, theirs = rows["agent"], rows[DUPIRE]
     if game.state_kind == "path-dependent":
-        bar = CALIBRATION["switch value"]
+        bar = BERMUDAN["switch value"]
         upper = max(share.high, ours["switch_value_in_sample"] / theirs["switch_value"])
         name = f"switch value at most {100 * bar:g} % of local volatility's"
         result.require(name, upper <= bar, f"at most {100 * upper:.1f} %")
         result.require("learnt volatility rises with S_t1", on_t1 > 0, f"ln m {on_t1:+.3f} per standard deviation")
         result.require("learnt volatility falls with S_t", on_now < 0, f"ln m {on_now:+.3f} per standard deviation")
     elif game.is_local:
-        bar = CALIBRATION["switch value off"]
+        bar = BERMUDAN["switch value off"]
         off = ours["switch_value"] - theirs["switch_value"]
         result.require(f"switch value is local volatility's, within {bar}", abs(off) <= bar, f"{off:+.3f}")
-    bar = CALIBRATION["vanilla RMSE"]
+    bar = BERMUDAN["vanilla RMSE"]
     result.require(f"vanilla RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
     above = ours["price"] - ours["floor"]
     result.require("not below the European floor", above >= 0, f"{above:+.3f} bp")
@@ -250,6 +252,5 @@ def judge_bermudan(
 
 
 def _require_paths(result: Benchmark) -> None:
-    bar = CALIBRATION["paths"]
     paths = result.settings["paths"]
-    result.require(f"has {bar:,} paths or more", paths >= bar, f"{paths:,}")
+    result.require(f"has {MIN_PATHS:,} paths or more", paths >= MIN_PATHS, f"{paths:,}")

@@ -133,7 +133,9 @@ def compare_makers(settings: dict, contest: Contest, bars: dict) -> tuple[Benchm
     """The benchmark of a maker before its verdict, and its gains over the named baseline, as shares of that."""
     agent = contest.played["agent"]
     named = contest.played[AVELLANEDA_STOIKOV]
-    settings = {**settings, "episodes": len(agent["pnl"]), **contest.settings, "bars": bars}
+    settings = {**settings, "episodes": len(agent["pnl"]), **contest.settings}
+    if bars:
+        settings["bars"] = bars
     result = compare(contest.title, settings, contest.played, "agent", contest.block, COLUMNS)
     gains = {}
     for name, label in (("objective", "objective"), ("pnl", "mean P&L")):

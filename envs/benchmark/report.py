@@ -225,7 +225,7 @@ class Benchmark:
         return "\n\n".join([self.title, *tables, "\n".join([*self.remarks, self.verdict()])])
 
     def write(self, folder: Path, stem: str = "benchmark") -> None:
-        """Writes `stem`.json (everything, full precision), `stem`.md (title, settings, tables, verdict) and the rest."""
+        """Writes `stem`.json (everything, in full precision), `stem`.md (what people read) and the rest."""
         content = asdict(self)
         for name in ("others", "files", "withdrawn"):
             del content[name]

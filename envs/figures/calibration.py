@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 def calibration_report(
     folder: Path, game: CalibrationGame, result: Benchmark, played: Mapping[str, Calibration], market: Marlvol
 ) -> None:
-    """The figures of a calibrated smile: smiles, local volatility, and learning curve if the folder has a metrics.csv."""
+    """The figures of a calibrated smile: smiles, local volatility, and training if the folder has a metrics.csv."""
     title = result.title
     curve = read_metrics(folder / "metrics.csv")
     if curve:

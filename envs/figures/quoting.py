@@ -182,7 +182,8 @@ def _played(contest: Contest, colours: Colours) -> QuotedEpisode:
 
 def _quote_panel(axis: Axes, episode: QuotedEpisode, makers: Mapping[str, tuple[str, str]]) -> None:
     """Asks above and bids below the mark, and fills on them; `makers`: name → (colour, line)."""
-    edges, fills = episode.edges, episode.fills
+    edges = episode.edges
+    fills = episode.fills
     steps = np.arange(len(edges))
     for i, (who, (colour, line)) in enumerate(makers.items()):
         axis.step(steps, edges[:, i, ASK], line, where="mid", color=colour, label=f"{who}: ask and bid")
@@ -193,7 +194,7 @@ def _quote_panel(axis: Axes, episode: QuotedEpisode, makers: Mapping[str, tuple[
             marks = {"marker": marker, "color": colour, "alpha": 0.5, "label": f"{who} {verb}"}
             axis.scatter(steps[some], sign * edges[some, i, side], 18 * fills[some, i, side], **marks)
     axis.axhline(0.0, color="black", linewidth=0.8)
-    axis.set(title="quotes around the mark, and fills (area: options)", ylabel="edge over the mark (vol points)")
+    axis.set(title="quotes around the mark, and fills (area: options)", ylabel="quote − mark (vol points)")
 
 
 def rival_sweep(path: Path, sweep: Mapping, colours: Colours, title: str) -> None:

@@ -67,7 +67,7 @@ def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.grid(False)
     axis.set(xlabel="rivals", ylabel="policy", title="objective (currency) of the row against the column")
-    figure.colorbar(image, ax=axis, label="above the agent's (currency)", extend="both", pad=0.02)
+    figure.colorbar(image, ax=axis, label="lead over the agent (currency)", extend="both", pad=0.02)
 
 
 def _rating_panel(axis: Axes, league: CrossPlay) -> None:
@@ -94,9 +94,7 @@ def edge_over_training(path: Path, curves: Mapping[str, list[dict]], nash: float
         axes.plot(steps, edges, color=colour, marker=".", label=label)
     axes.axhline(nash, color=OPTIMUM, linestyle="-", label=f"Nash without risk and costs ({nash:.3f})")
     axes.axhline(monopoly, color="black", linestyle=":", label=f"monopoly without risk and costs ({monopoly:.3f})")
-    axes.set(
-        xlabel="environment steps (millions)", ylabel="mean half-spread, the same policy in all seats (vol points)"
-    )
+    axes.set(xlabel="environment steps (millions)", ylabel="mean half-spread (vol points), all seats alike")
     style.legend(axes)
     axes.set_title(f"{title}:\ndo makers that learn from each other compete or collude?", fontsize=10)
     style.save(figure, path)
@@ -124,7 +122,7 @@ def _taker_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
     axis.barh(rows, 100 - own - others, left=own + others, color=OTHER, alpha=0.5, label="nobody: they walk away")
     axis.set_yticks(rows, league.names)
     axis.invert_yaxis()
-    axis.set(xlabel="share of the takers (%)", ylabel="rivals", title="takers of the agent against each kind of rival")
+    axis.set(xlabel="share of the takers (%)", ylabel="rivals", title="who gets the takers, by kind of rival")
 
 
 def _snapshot_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:

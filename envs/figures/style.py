@@ -116,17 +116,18 @@ def advantage_by_date(path: Path, contest: Contest) -> None:
     """
     played = contest.played
     ours = played["agent"]["objective"]
-    drawn = (
-        BLACK_SCHOLES, "Whalley–Wilmott, tuned", contest.best, "min-variance band, tuned", AVELLANEDA_STOIKOV, GLFT,
-    )  # fmt: skip
-    rivals = [name for name in dict.fromkeys(drawn) if name in played]
+    drawn = {
+        BLACK_SCHOLES: (BASELINE, "-"), AVELLANEDA_STOIKOV: (BASELINE, "-"), GLFT: (OTHER, "-"),
+        "Whalley–Wilmott, tuned": (OTHER, "-"), "min-variance band, tuned": (OTHER, "--"),
+    }  # fmt: skip
+    drawn[contest.best] = (OPTIMUM, "-")
     dates = contest.dates[: len(ours)]
     year = min(TRADING_DAYS, len(dates))
     figure, axes = new(size=(9, 4.5))
-    for i, name in enumerate(rivals):
-        mean = np.convolve(ours - played[name]["objective"], np.ones(year) / year, "valid")
-        colour = (BASELINE, OTHER, OPTIMUM, AGENT)[i % 4]
-        axes.plot(dates[year - 1 :], mean, color=colour, label=f"agent − {name}")
+    for name, (colour, line) in drawn.items():
+        if name in played:
+            mean = np.convolve(ours - played[name]["objective"], np.ones(year) / year, "valid")
+            axes.plot(dates[year - 1 :], mean, line, color=colour, label=f"agent − {name}")
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set(
         title=f"{contest.title}: the agent's advantage by date",

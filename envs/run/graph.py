@@ -12,12 +12,15 @@ def cuda_graph(function: Callable, module: torch.nn.Module, optimizer, generator
     Warming up runs the function for real, so parameters, optimiser state and generators are put back afterwards: the
     captured run does what the eager one would have done.
     """
-    parameters = {name: value.clone() for name, value in module.state_dict().items()}
+    tensors = [*module.parameters(), *module.buffers()]
+    contents = [tensor.detach().clone() for tensor in tensors]
     moments = {p: {name: v.clone() for name, v in state.items()} for p, state in optimizer.state.items()}
     states = [generator.get_state() for generator in generators]
 
+    @torch.no_grad()
     def put_back() -> None:
-        module.load_state_dict(parameters)  # all in place: the graph knows these tensors by address
+        for tensor, content in zip(tensors, contents, strict=True):
+            tensor.copy_(content)  # in place: the graph knows these tensors by address
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 old = moments.get(parameter)

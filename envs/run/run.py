@@ -16,6 +16,7 @@ Exit codes: 0 benchmark passed, 1 benchmark failed, 2 bad input, 3 an error or a
 """
 
 import contextlib
+import inspect
 import math
 import os
 import sys
@@ -290,7 +291,8 @@ class Run:
         draw(self.folder)
         print(f"\n{result.text()}\nreport and figures: {self.folder}")
         if self.tracker:
-            finish_tracker(self.tracker, result, self.folder, self.phase)
+            script = Path(inspect.getfile(type(self.args)))
+            finish_tracker(self.tracker, result, self.folder, self.phase, script)
         return result.passed
 
 
@@ -320,7 +322,7 @@ def start_tracker(args, name: str, run_id: str | None):
         raise UsageError(f"--track: {reason} (WANDB_MODE=offline works without an account)") from None
 
 
-def finish_tracker(tracker, result, folder: Path, phase: str) -> None:
+def finish_tracker(tracker, result, folder: Path, phase: str, script: Path) -> None:
     """Benchmark tables, figures, checkpoint and code to W&B."""
     import wandb
 
@@ -342,8 +344,7 @@ def finish_tracker(tracker, result, folder: Path, phase: str) -> None:
         with artifact.new_file("checkpoint.pt", mode="wb") as file:  # what --evaluate needs: without a replay buffer
             torch.save({**load_checkpoint(folder, phase), "buffer": None}, file)
         tracker.log_artifact(artifact)
-    script = Path(sys.argv[0]).resolve()
-    code = {script, *(ROOT / "envs").rglob("*.py"), *(ROOT / "envs").rglob("*.json")}
+    code = {script.resolve(), *(ROOT / "envs").rglob("*.py"), *(ROOT / "envs").rglob("*.json")}
     tracker.log_code(str(ROOT), include_fn=lambda path: Path(path).resolve() in code)
     tracker.finish()
 

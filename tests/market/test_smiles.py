@@ -4,10 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from envs.smiles import SSVI, SVI, Slices
 
 from envs import black_scholes as bs
 from envs import smiles
-from envs.smiles import SSVI, SVI, Slices
 
 F64 = torch.float64
 SPOT = 2813.18

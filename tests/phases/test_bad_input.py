@@ -5,12 +5,16 @@ import pickle
 
 import pytest
 import torch
+from common import CPU
 
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
 import phase4_selfplay as phase4
-from envs import dynamics, runs
+from envs.market import dynamics
+from envs.market.units import TRADING_DAYS
+from envs.models import make_model
+from envs.run.run import run_main
 
 
 def fails(capsys, tmp_path, monkeypatch, *flags, phase=phase1) -> str:
@@ -18,7 +22,7 @@ def fails(capsys, tmp_path, monkeypatch, *flags, phase=phase1) -> str:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        runs.run(phase.main, [*map(str, flags)])
+        run_main(phase.main, [*map(str, flags)])
     errors = capsys.readouterr().err
     assert stop.value.code == 2
     assert errors.count("\n") == 1
@@ -175,7 +179,7 @@ def test_flags_of_phase4(capsys, tmp_path, monkeypatch, flags, message):
 @pytest.mark.parametrize("phase", [phase3, phase4])
 def test_a_market_of_another_size_than_the_maker_knows(capsys, tmp_path, monkeypatch, phase):
     args = phase.Args()
-    market = phase.make_market(args, phase.make_dynamics(args), 1, torch.device("cpu"))
+    market = phase.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2), 1, CPU)
     agent = phase.Agent(market)
     content = {"phase": phase.PHASE, "args": vars(args), "agent": agent.state_dict(), "iteration": 0}
     torch.save({**content, "snapshots": {}}, tmp_path / "checkpoint.pt")
@@ -192,7 +196,7 @@ def test_a_market_of_another_size_than_the_maker_knows(capsys, tmp_path, monkeyp
 
 def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypatch):
     args = phase2.Args()
-    env = phase2.make_env(args, dynamics.GBM(), 1, torch.device("cpu"))
+    env = phase2.make_env(args, dynamics.GBM(), 1, CPU)
     agent = phase2.Agent(env, args.hidden_size)
     content = {"phase": "phase2", "args": vars(args), "agent": agent.state_dict(), "iteration": 0}
     torch.save(content, tmp_path / "checkpoint.pt")

@@ -8,20 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PHASES, ROOT
+from common import CPU, PHASES, ROOT
 
 import phase4_selfplay as phase4
-from envs import AgainstRivals, baselines, benchmark, makers, runs
+from envs.baselines import makers as formulas
+from envs.benchmark import makers
+from envs.benchmark.contest import Validation
+from envs.benchmark.makers import against
+from envs.market.units import TRADING_DAYS
+from envs.models import make_model
+from envs.run import files, run
+from envs.run.errors import UsageError
+from envs.run.run import Run
 
-CPU = torch.device("cpu")
 PHASE = PHASES["phase4"]
 
 
 def make(num_envs=12, **changes):
     """Flags, the classical makers of a market, and an agent that nobody has trained."""
     args = PHASE.args(**{"num_envs": num_envs, **changes})
-    market = phase4.make_market(args, phase4.make_dynamics(args), 64, CPU)
-    parameters = dict.fromkeys((makers.RIVAL, makers.NAMED_MAKER, makers.GLFT), (0.25, 0.8))
+    market = phase4.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2), 64, CPU)
+    parameters = dict.fromkeys((makers.RIVAL, makers.AVELLANEDA_STOIKOV, makers.GLFT), (0.25, 0.8))
     parameters |= {makers.CONSTANT_SPREAD: (2.0,), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
     classics = makers.assemble(market, parameters, "invented")
     torch.manual_seed(args.seed)
@@ -34,8 +41,11 @@ def trained(folder: Path, saves: list | None = None, checkpoint=None, monkeypatc
     """The state of an agent after a small run; `saves` collects what it would have written."""
     args, classics, _ = make(**changes)
     if saves is not None:
-        monkeypatch.setattr(runs, "save_checkpoint", lambda path, content: saves.append(copy.deepcopy(content)))
-    agent, _, snapshots = phase4.train(args, classics, folder, CPU, checkpoint, None)
+        monkeypatch.setattr(run, "save_checkpoint", lambda path, content: saves.append(copy.deepcopy(content)))
+    if checkpoint is not None:
+        args.resume = str(folder)
+    command = Run(args, "phase4", CPU, folder=folder, checkpoint=checkpoint, trained=args)
+    agent, snapshots = phase4.train(command, classics, {})
     return agent.state_dict(), snapshots
 
 
@@ -75,7 +85,7 @@ def test_the_opponent_is_lag_updates_behind(lag):
 
 def test_the_pool_is_bounded_and_evenly_spaced():
     args, classics, agent = make(opponent="pool", pool_size=4, classical_share=0.0)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
     generator, met = torch.Generator().manual_seed(0), set()
     for iteration in range(1, 41):
         marked(agent, float(iteration))
@@ -92,7 +102,7 @@ def test_the_pool_is_bounded_and_evenly_spaced():
 
 def test_prioritised_sampling_meets_the_strong_more_often():
     args, classics, agent = make(opponent="pool", pool_size=4, pool_sampling="prioritised", classical_share=0.0)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
     for iteration in (1, 2, 3):
         opponents.advance(marked(agent, float(iteration)), iteration, torch.Generator().manual_seed(0))
     opponents.spacing, met = 1000, []  # no more snapshots: these three
@@ -136,7 +146,7 @@ def test_more_makers_and_other_opponents(tmp_path, changes):
     assert all(value.isfinite().all() for value in state.values())
     assert next(iter(snapshots)) == "step 0"
     assert len(snapshots) == 4
-    rows = runs.read_metrics(tmp_path / "metrics.csv")
+    rows = files.read_metrics(tmp_path / "metrics.csv")
     assert rows[-1]["charts/selfplay_half_spread"] > 0
 
 
@@ -170,7 +180,7 @@ def test_rivals_are_seen_by_the_takers_they_attract():
 
 def test_start_edge_and_average(tmp_path):
     args, classics, _ = make(start_edge=0.7, total_timesteps=12 * 6, average=1.0)
-    agent, _, snapshots = phase4.train(args, classics, tmp_path, CPU, None, None)
+    agent, snapshots = phase4.train(PHASE.run(args, tmp_path), classics, {})
     assert agent.linear_maker[0] == pytest.approx(0.7)
     (first,) = snapshots
     assert not torch.equal(snapshots[first], phase4.to_vector(agent))
@@ -180,17 +190,17 @@ def test_start_edge_and_average(tmp_path):
 def test_a_best_response_leaves_the_policy_as_it_is_and_is_never_worse(tmp_path):
     args, classics, agent = make(num_envs=64, learning_rate=0.5)  # nothing good can come of that
     before = copy.deepcopy(agent.state_dict())
-    response = phase4.best_response(args, classics.env.env, agent, tmp_path)
+    response = phase4.best_response(PHASE.run(args, tmp_path), classics.env.env, agent)
     for name, value in agent.state_dict().items():
         assert torch.equal(value, before[name]), name
-    frozen = AgainstRivals(classics.env.env.like(phase4.EPISODES), [agent.policy])
-    assert benchmark.Validation(frozen, agent.policy, "frozen")(response.policy)["charts/gain_over_frozen"] >= 0
+    frozen = against(classics.env.env.like(phase4.EPISODES), agent.policy)
+    assert Validation(frozen, agent.policy, "frozen")(response.policy)["charts/gain_over_frozen"] >= 0
 
 
 def test_a_best_response_exploits_a_bad_policy(tmp_path):
     args, classics, agent = make(num_envs=512, total_timesteps=512 * 6 * 40, risk_aversion=0.0, cost_rate=0.0)
     agent.linear_maker[0] = 1.8  # twice what competition allows
-    response = phase4.best_response(args, classics.env.env, agent, tmp_path)
+    response = phase4.best_response(PHASE.run(args, tmp_path), classics.env.env, agent)
     observation, _ = classics.env.reset(seed=0)
     assert response.policy(observation)[:, 0].mean() < 0.9 * agent.policy(observation)[:, 0].mean()
 
@@ -210,17 +220,17 @@ def test_guests_join_cross_play_and_pool(quick, tmp_path, monkeypatch, capsys):
     (first := tmp_path / "moved").rename(tmp_path / "runs" / name)
     first = tmp_path / "runs" / name
     assert f"guest {first.name}" in json.loads((newest / "cross_play.json").read_text())["names"]
-    content = runs.load_checkpoint(newest, "phase4")
-    guest = runs.load_checkpoint(first, "phase4")["agent"]
+    content = files.load_checkpoint(newest, "phase4")
+    guest = files.load_checkpoint(first, "phase4")["agent"]
     assert torch.equal(content["opponents"]["snapshots"][0][:4], next(iter(guest.values())).flatten()[:4])
     assert capsys.readouterr().out.count("best response, trained, gains") == 1
 
 
 def test_the_classical_maker_as_opponent_is_phase3s_rival():
     args, classics, agent = make(opponent="baseline")
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
     observation, _ = classics.env.reset(seed=0)
-    rival = baselines.avellaneda_stoikov(classics.env.env, 0.25, 0.8)
+    rival = formulas.avellaneda_stoikov(classics.env.env, 0.25, 0.8)
     opponents.advance(agent, 1, None)
     torch.testing.assert_close(opponents.policy(observation), rival(observation))
 
@@ -228,7 +238,7 @@ def test_the_classical_maker_as_opponent_is_phase3s_rival():
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_the_share_of_classical_turns_is_what_was_asked_for(share):
     args, classics, agent = make(classical_share=share)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.NAMED_MAKER]])
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
     turns = 0
     for iteration in range(1, 101):
         opponents.advance(agent, iteration, None)
@@ -238,7 +248,7 @@ def test_the_share_of_classical_turns_is_what_was_asked_for(share):
 
 def test_classical_makers_take_their_turns():
     args, classics, agent = make(classical_share=0.5)
-    known = [classics.policies[makers.NAMED_MAKER], classics.policies[makers.GLFT]]
+    known = [classics.policies[makers.AVELLANEDA_STOIKOV], classics.policies[makers.GLFT]]
     opponents = phase4.Opponents(args, agent, [], known)
     observation, _ = classics.env.reset(seed=0)
     turns = []
@@ -269,5 +279,5 @@ def test_starts_must_end_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(selfplay_starts, "train", ends(0.1))
     assert not selfplay_starts.main([])
     assert (tmp_path / "runs" / "selfplay_starts-2" / "selfplay_starts.png").exists()
-    with pytest.raises(runs.UsageError, match="--starts needs two"):
+    with pytest.raises(UsageError, match="--starts needs two"):
         selfplay_starts.main(["--starts", "1.0"])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from common import PHASES, ROOT
 
-from envs import runs
+from envs.run import files
+from envs.run.args import parse_command
+from envs.run.errors import UsageError
 
 
 def torchrun(folder: Path, *arguments) -> subprocess.CompletedProcess:
@@ -21,29 +23,31 @@ def torchrun(folder: Path, *arguments) -> subprocess.CompletedProcess:
 
 
 def test_ranks_hold_the_same_parameters_and_simulate_their_own_markets(tmp_path):
-    result = torchrun(tmp_path, str(ROOT / "tests" / "ranks.py"), "train")
+    result = torchrun(tmp_path, str(ROOT / "tests" / "phases" / "ranks.py"), "train")
     assert result.returncode == 0, result.stderr[-3000:]
     for phase in ("phase0", "phase1", "phase3", "phase4"):
+        small = PHASES[phase]
+        own_steps = 51 * 2 * 200 if phase == "phase0" else small.num_envs * small.num_steps
         ends = [torch.load(tmp_path / phase / f"rank{i}.pt", weights_only=True) for i in (0, 1)]
-        for name, value in ends[0]["agent"].items():
-            assert torch.equal(value, ends[1]["agent"][name]), (phase, name)
-        saved = runs.load_checkpoint(tmp_path / phase / "checkpoint.pt", phase)
+        for name, value in ends[0].items():
+            assert torch.equal(value, ends[1][name]), (phase, name)
+        saved = files.load_checkpoint(tmp_path / phase / "checkpoint.pt", phase)
         assert saved["world_size"] == 2
         for stream in ("generator",) if phase == "phase0" else ("generator", "market_generator"):
             assert len(saved[stream]) == 2
             assert not torch.equal(*saved[stream]), (phase, stream)
-        rows = runs.read_metrics(tmp_path / phase / "metrics.csv")
-        assert rows[-1]["global_step"] == ends[0]["steps"]  # of all ranks together, written by one
+        rows = files.read_metrics(tmp_path / phase / "metrics.csv")
+        assert rows[-1]["global_step"] == 2 * own_steps * saved["iteration"]  # of all ranks together, written by one
 
 
 def test_a_rank_that_dies_ends_the_run_with_a_message_and_a_checkpoint(tmp_path):
-    result = torchrun(tmp_path, str(ROOT / "tests" / "ranks.py"), "die")
+    result = torchrun(tmp_path, str(ROOT / "tests" / "phases" / "ranks.py"), "die")
     assert result.returncode != 0
     (line,) = [line.split("error: ")[1] for line in result.stderr.splitlines() if "error: " in line]
     (folder,) = tmp_path.glob("runs/*")
     assert "torchrun" in line
     assert "died" in line
     assert f"last good: runs/{folder.name}/checkpoint.pt" in line
-    assert runs.load_checkpoint(folder, "phase1")["iteration"] == 2
-    with pytest.raises(runs.UsageError, match="was trained by 2 processes, not 1"):
-        runs.parse_command(__import__("phase1_delta_hedge_ppo").Args, ["--resume", str(folder)], "phase1", ())
+    assert files.load_checkpoint(folder, "phase1")["iteration"] == 2
+    with pytest.raises(UsageError, match="was trained by 2 processes, not 1"):
+        parse_command(PHASES["phase1"].module.Args, ["--resume", str(folder)], "phase1")

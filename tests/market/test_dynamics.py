@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, SP500_GARCH
+from common import MODELS
 
-from envs import dynamics
+from envs.market import dynamics
 
 F64 = torch.float64
 
@@ -151,81 +151,6 @@ def test_return_volatility_covariance(name):
     log_return, after = model.step(variance, noise)
     slope = ((after - after.mean()) * log_return).mean() / log_return.var()
     assert slope == pytest.approx(model.return_volatility_covariance(variance)[0].item(), rel=0.02)
-
-
-def test_garch_fit_to_the_sp500():
-    dates, closes = dynamics.load_closes()
-    assert len(closes) == 5031
-    assert str(dates[0]) == "1999-01-04"
-    garch = dynamics.fit_garch(closes)
-    figures = (garch.omega * 1e4, garch.alpha, garch.gamma, garch.beta)
-    assert figures == pytest.approx((0.020746, 0.0, 0.182566, 0.892038), abs=2e-4)
-
-
-def test_historical_windows():
-    model = dynamics.make("historical", history_end="2010-12-31")
-    dates, closes = dynamics.load_closes()
-    start = int((dates <= np.datetime64("2010-12-31")).sum())
-    assert str(model.dates[0]) == "2010-12-31"  # its close opens the first window
-    assert len(model.log_returns) == len(closes) - start
-    assert model.log_returns.exp().mean().item() == pytest.approx(1.0, abs=1e-12)  # no drift is earned
-    windows = model.num_windows(30)
-    assert windows == len(closes) - start - 29
-    spot, variance = model.simulate(torch.zeros(windows, 30, 1, dtype=F64))
-    growth = closes[start + 29] / closes[start - 1]
-    drift = (closes[start:] / closes[start - 1 : -1]).mean()
-    assert spot[0, -1].item() == pytest.approx(100 * growth / drift**30, rel=1e-9)
-    assert torch.equal(spot[1, :2] / spot[1, 0], spot[0, 1:3] / spot[0, 1])
-    # the filter knows the past only: the same closes up to a day give the same variances up to that day
-    shorter = dynamics.Historical(closes[start - 1 : start + 100], model.garch, closes[:start])
-    torch.testing.assert_close(shorter.variances[:100], model.variances[:100], rtol=1e-12, atol=0)
-    assert variance[0, 0] == model.variances[0]
-
-
-def test_historical_needs_closes_after_the_fit():
-    with pytest.raises(ValueError, match="history-end"):
-        dynamics.make("historical")
-    with pytest.raises(ValueError, match="at least 500"):
-        dynamics.make("garch", history_end="1999-06-30")
-    with pytest.raises(ValueError, match="unknown dynamics"):
-        dynamics.make("levy")
-
-
-def test_own_history(tmp_path):
-    path = tmp_path / "closes.csv"
-    spot, _ = simulate(SP500_GARCH, 1, 1500)
-    days = np.arange(np.datetime64("2000-01-03"), np.datetime64("2000-01-03") + 1501)
-    path.write_text("Date,Close\n" + "".join(f"{d},{s:.6f}\n" for d, s in zip(days, spot[0].tolist(), strict=True)))
-    garch = dynamics.make("garch", history=str(path))
-    assert 0.5 < garch.initial_variance / SP500_GARCH.initial_variance < 2
-    dates, closes = dynamics.load_closes(str(path))
-    assert len(dates) == len(closes) == 1501
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("day,close\n2000-01-03,1\n", "line 1: no column 'date'"),
-        ("date,open\n2000-01-03,1\n", "line 1: no column 'close'"),
-        ("date,close\n2000-01-03,1\n2000-01-04,0\n", "line 3: close 0 is not a positive"),
-        ("date,close\n2000-01-03,1\n2000-01-04,-2\n", "line 3: close -2 is not a positive"),
-        ("date,close\n2000-01-03,1\n2000-01-04,n/a\n", "line 3: close 'n/a' is not a number"),
-        ("date,close\n2000-01-03,1\n2000-01-04,nan\n", "line 3: close nan is not a positive"),
-        ("date,close\n2000-01-03,1\n2000-01-04,\n", "line 3: close '' is not a number"),
-        ("date,close\n2000-01-03,1\n2000-01-04\n", "line 3: close '' is not a number"),
-        ("date,close\n2000-01-03,1\n03/01/2000,2\n", "line 3: date '03/01/2000' is not of the form"),
-        ("date,close\n2000-01-03,1\n2000-01-03,2\n", "line 3: date 2000-01-03 does not come after"),
-        ("date,close\n2000-01-03,1\n2000-03-03,2\n", "line 3: gap of 60 days"),
-        ("date,close\n2000-01-03,1\n", "1 closes"),
-        ("", "line 1: no column 'date'"),
-    ],
-)
-def test_bad_history(tmp_path, content, message):
-    path = tmp_path / "closes.csv"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        dynamics.load_closes(str(path))
-    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["gbm", "garch", "heston", "merton"])

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from envs import black_scholes as bs
+from envs.market import black_scholes as bs
 
 F64 = torch.float64
 

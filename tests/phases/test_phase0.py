@@ -1,51 +1,40 @@
 """Phase 0 as a user runs it: short runs of the real script, its learning, and what it refuses."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import wandb
-from conftest import ROOT
+from common import CPU, PHASES, ROOT
 
 import phase0_marlvol_calibration as phase0
-from envs import calibration, marlvol, runs, smiles
+from envs.benchmark import calibration as judging
+from envs.calibration import bermudan, marlvol
+from envs.calibration import game as simulation
+from envs.calibration.game import EXERCISE_DAY, TASKS
+from envs.market import smiles
+from envs.models import load_market
+from envs.run.args import parse_args
+from envs.run.errors import UsageError
+from envs.run.files import read_metrics
 
-SCRIPT = "phase0_marlvol_calibration.py"
-SMALL = {
-    "num_players": 200, "num_runs": 2, "num_basis": 10, "num_iterations": 4, "num_evaluations": 2, "hidden_size": 8,
-    "eval_paths": 12_000,
-}  # fmt: skip
+PHASE = PHASES["phase0"]
 FILES = {"args.json", "metrics.csv", "checkpoint.pt", "benchmark.json", "benchmark.md", "learning_curve.png"}
 FIGURES = {"local-vol": {"smiles.png", "local_volatility.png"}, "bermudan": {"learnt_dependence.png"}}
 
 
 @pytest.fixture(autouse=True)
 def few_paths(monkeypatch):
-    for name in ("REFERENCE_PATHS", "VALIDATION_PATHS"):
-        monkeypatch.setattr(calibration, name, 4096)
+    monkeypatch.setattr(simulation, "REFERENCE_PATHS", 4096)
+    monkeypatch.setattr(judging, "VALIDATION_PATHS", 4096)
+    monkeypatch.setattr(bermudan, "VALIDATION_PATHS", 4096)
     monkeypatch.setattr(marlvol, "PARTICLES", 4096)
 
 
 def flags(**changes) -> list[str]:
-    fields = {**SMALL, **changes}
-    switches = {True: "--", False: "--no-"}
-    return [
-        text
-        for name, value in fields.items()
-        for text in (
-            [switches[value] + name.replace("_", "-")]
-            if isinstance(value, bool)
-            else [f"--{name.replace('_', '-')}", str(value)]
-        )
-    ]
+    return PHASE.flags(4, **{"num_evaluations": 2, "reference": "local-vol", **changes})
 
 
 @pytest.fixture
@@ -86,10 +75,10 @@ def test_smoke(main, changes, capsys):
     assert {path.name for path in folder.iterdir()} == FILES | FIGURES[task]
     content = json.loads((folder / "benchmark.json").read_text())
     assert {"agent", "Dupire local volatility"} <= set(content["rows"])
-    rows = runs.read_metrics(folder / "metrics.csv")
+    rows = read_metrics(folder / "metrics.csv")
     steps = changes.get("num_steps", 40 if changes.get("smile") else 51) * 200 * 2
     assert [row["global_step"] for row in rows] == [0, 2 * steps, 4 * steps]
-    model = marlvol.load(str(folder))  # a market for the other phases
+    model = load_market(str(folder))  # a market for the other phases
     spot, _ = model.simulate(torch.zeros(2, 22, model.noise_size))
     assert spot.isfinite().all()
 
@@ -102,10 +91,10 @@ def test_training_calibrates(reward, tmp_path):
         reward=reward, num_players=2000, num_runs=few[0], num_basis=few[1], exploration_std=few[2], num_iterations=35,
         num_evaluations=2, save_model=False, hidden_size=32, learning_rate=1e-2,
     )  # fmt: skip
-    phase0.resolve(args)
-    game = phase0.make_game(args, smiles.NAMED["sp500-2018"], torch.device("cpu"))
-    phase0.train(args, game, tmp_path, torch.device("cpu"), None, None)
-    errors = [row["charts/rmse"] for row in runs.read_metrics(tmp_path / "metrics.csv")]
+    args.fill()
+    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
+    phase0.train(PHASE.run(args, tmp_path), game)
+    errors = [row["charts/rmse"] for row in read_metrics(tmp_path / "metrics.csv")]
     assert errors[0] > 3
     assert errors[-1] < 0.8 * errors[0]
 
@@ -123,17 +112,17 @@ def test_basis_players_are_interpolated():
     assert torch.equal(pairs[:2], -pairs[2:])
 
 
-@pytest.mark.parametrize("task", calibration.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_rollout_is_what_it_says(task):
     """Advantages add up to nothing over runs, the last run does not explore, and actions explain their noise."""
     args = phase0.Args(task=task, reference="none", num_players=300, num_basis=20, num_runs=4)
-    phase0.resolve(args)
-    game = phase0.make_game(args, smiles.NAMED["sp500-2018"], torch.device("cpu"))
+    args.fill()
+    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
     agent = phase0.Agent(game, args)
     played, step = [], game.step
     game.step = lambda actions: (played.append(actions.clone()), step(actions))
     batch = phase0.rollout(game, agent, args, torch.Generator().manual_seed(1))
-    steps = 51 if task == "local-vol" else 51 - calibration.EXERCISE_DAY
+    steps = 51 if task == "local-vol" else 51 - EXERCISE_DAY
     assert batch.actions.shape == (steps * 4 * 20, 1)
     assert batch.observations.isfinite().all()
     # what is learnt from is what was played
@@ -152,42 +141,6 @@ def test_rollout_is_what_it_says(task):
     torch.testing.assert_close(alone.log_spots[-1][0], game.log_spots[-1][-1], atol=1e-5, rtol=0)
 
 
-def test_killed_runs_resume_to_the_same_numbers(main, tmp_path):
-    settings = {"num_iterations": 12, "num_evaluations": 6}
-    whole = main(**settings)
-    place = tmp_path / "killed"
-    place.mkdir()
-    # the same code as here, with as few paths
-    code = (
-        "import sys; from envs import calibration, marlvol, runs; import phase0_marlvol_calibration as phase0\n"
-        "calibration.REFERENCE_PATHS = calibration.VALIDATION_PATHS = marlvol.PARTICLES = 4096\n"
-        "runs.run(phase0.main, sys.argv[1:])"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *flags(**settings)]
-    process = subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        metrics = list(place.glob("runs/*/metrics.csv"))
-        if metrics and len(metrics[0].read_text().splitlines()) > 3:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (folder,) = place.glob("runs/*")
-    assert not (folder / "benchmark.json").exists()
-    assert phase0.main(["--resume", str(folder)]) == main.passed
-    one, two = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (whole, folder))
-    for name, value in one["agent"].items():
-        assert torch.equal(value, two["agent"][name]), name
-    assert torch.equal(one["market"]["projection"], two["market"]["projection"])
-    assert (whole / "benchmark.json").read_bytes() == (folder / "benchmark.json").read_bytes()
-    with pytest.raises(runs.UsageError, match=r"--learning-rate is 0\.1, but the run to resume has"):
-        phase0.main(["--resume", str(folder), "--learning-rate", "0.1"])
-
-
 def test_evaluate_repeats_the_benchmark_and_takes_another_smile(main):
     folder = main(task="bermudan")
     again = main("--evaluate", folder)
@@ -200,16 +153,16 @@ def test_evaluate_repeats_the_benchmark_and_takes_another_smile(main):
         (["--task", "bermudan"], "--task is bermudan, but the agent was trained with local-vol"),
         (["--task", "bermudan", "--beside", folder], "--beside is for the figure of a training"),
     ):
-        with pytest.raises(runs.UsageError, match=message):
+        with pytest.raises(UsageError, match=message):
             main("--evaluate", first, *words)
-    with pytest.raises(runs.UsageError, match=r"--beside is .* \(the folder of a run with --task bermudan\)"):
+    with pytest.raises(UsageError, match=r"--beside is .* \(the folder of a run with --task bermudan\)"):
         main("--beside", first, task="bermudan")
     other = main("--evaluate", first, "--smile", "sp500-2024")
     assert json.loads((other / "benchmark.json").read_text())["settings"]["days"] == 40
 
 
 def test_a_smile_of_ones_own(main, tmp_path, capsys):
-    surface = smiles.NAMED["sp500-2018"]
+    surface = smiles.SURFACES["sp500-2018"]
     lines = ["maturity,strike,implied_volatility"]
     for days in (10, 25, 40):
         k = smiles.torch.linspace(-2.0, 1.2, 9).double() * surface(0.0, days / 252).w.sqrt()
@@ -223,7 +176,7 @@ def test_a_smile_of_ones_own(main, tmp_path, capsys):
     damaged = path.read_text().splitlines()
     damaged[5] = damaged[5].rsplit(",", 1)[0] + ",0.6"
     path.write_text("\n".join(damaged))
-    with pytest.raises(runs.UsageError) as refusal:
+    with pytest.raises(UsageError) as refusal:
         main("--smile", path, "--smile-spot", 2800)
     assert "quotes.csv, line " in str(refusal.value)
     assert "arbitrage" in str(refusal.value)
@@ -232,9 +185,9 @@ def test_a_smile_of_ones_own(main, tmp_path, capsys):
 
 
 def test_the_papers_preset():
-    args = runs.parse_args(phase0.Args, [], default=phase0.Args(**phase0.PRESETS["paper"]))
-    phase0.resolve(args)
-    phase0.validate(args)
+    args = parse_args(phase0.Args, [], default=phase0.Args(**phase0.PRESETS["paper"]))
+    args.fill()
+    args.check()
     assert (args.num_players, args.num_runs, args.hidden_layers, args.hidden_size) == (120_000, 10, 3, 50)
     assert (args.clip_coef, args.target_kl, args.learning_rate, args.update_epochs) == (0.3, 0.01, 1e-4, 30)
     assert args.reward == "shared"
@@ -244,7 +197,7 @@ def test_the_papers_preset():
 def test_preset_gives_way_to_other_flags(main):
     folder = main("--preset", "paper")
     saved = json.loads((folder / "args.json").read_text())
-    assert saved["num_players"] == SMALL["num_players"]
+    assert saved["num_players"] == PHASE.iteration["num_players"]
     assert (saved["action_map"], saved["update_epochs"]) == ("normal", 30)
     assert set(saved) == set(asdict(phase0.Args()))
 
@@ -280,37 +233,23 @@ def test_preset_gives_way_to_other_flags(main):
 )
 def test_bad_input(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(runs.UsageError) as refusal:
+    with pytest.raises(UsageError) as refusal:
         phase0.main(words)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_and_exit_code(script, capsys):
-    with pytest.raises(SystemExit) as stop:
-        phase0.main(["--help"])
-    assert stop.value.code in (0, None)
-    shown = capsys.readouterr().out
-    for text in ("--exploration-std", "Commands to start from", "the paper's reward"):
-        assert text in " ".join(shown.split())
-    refused = script(SCRIPT, "--num-runs", "3")
+def test_exit_code_of_bad_input(script):
+    refused = script(PHASE.script, "--num-runs", "3")
     assert refused.returncode == 2
     assert refused.stderr.strip() == "error: --num-runs is 3 (even with --antithetic)"
-
-
-def test_track_offline(main, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    main("--track")
-    wandb.teardown()  # or the next run in this process would write where this one did
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_copy_and_modify(script, tmp_path):
     """Another network, and another reward: what a market is made of is the policy's own."""
     shutil.copytree(ROOT / "envs", tmp_path / "copy" / "envs")
-    text = (ROOT / SCRIPT).read_text()
+    text = (ROOT / PHASE.script).read_text()
     for old, new in {"nn.Tanh()": "nn.SiLU()", "rewards = game.shared_": "rewards = 2.0 * game.shared_"}.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
@@ -318,4 +257,4 @@ def test_copy_and_modify(script, tmp_path):
     done = script("my_idea.py", *flags(reward="shared", reference="none"), root=tmp_path / "copy")
     assert done.returncode in (0, 1), done.stderr
     (folder,) = tmp_path.glob("runs/*my_idea*")
-    assert marlvol.load(str(folder)).tables.isfinite().all()
+    assert load_market(str(folder)).tables.isfinite().all()

@@ -6,22 +6,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PHASES
+from common import CPU, PHASES
 
 import phase3_spread_vs_bs as phase3
-from envs import AgainstRivals, baselines, benchmark, dynamics, figures, makers, runs
+from envs import AgainstRivals
+from envs.baselines import makers as formulas
+from envs.benchmark import makers, quoting, report
+from envs.benchmark.contest import play
+from envs.figures.quoting import quoting_report
+from envs.market import dynamics
+from envs.market.units import TRADING_DAYS
+from envs.models import make_model
+from envs.optimum.quotes import optimal_quotes
+from envs.run.files import read_metrics
 
-CPU = torch.device("cpu")
 PHASE = PHASES["phase3"]
+
+
+def model_of(args):
+    return make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2)
+
+
+def contest_of(classics, policy, episodes):
+    """The contest of a policy in the market of these classical makers."""
+    market = classics.env.env
+    return quoting.quoting_contest("title", classics, policy, None, market.dynamics, episodes)
 
 
 def make(num_envs=64, model=None, **changes):
     """Flags, a market against one Avellaneda–Stoikov maker, and an agent that has seen the classical one."""
     args = PHASE.args(**changes)
-    market = phase3.make_market(args, model or phase3.make_dynamics(args), num_envs, CPU)
-    rival = baselines.avellaneda_stoikov(market, 0.25, 0.8)
+    market = phase3.make_market(args, model or model_of(args), num_envs, CPU)
+    rival = formulas.avellaneda_stoikov(market, 0.25, 0.8)
     env = AgainstRivals(market, [rival] * (args.num_makers - 1))
-    classic = baselines.minimum_variance_band(market, baselines.glft(market, 1.2, 0.8), 0.15)
+    classic = formulas.minimum_variance_band(market, formulas.glft(market, 1.2, 0.8), 0.15)
     agent = phase3.Agent(market)
     agent.fit(env.like(256), classic)
     return args, env, agent, classic
@@ -46,8 +64,8 @@ def test_training_starts_from_the_classical_maker():
     assert skew < 0 < target  # sell what is held; a long vega gains when the market falls, so hold shares against it
     assert band == pytest.approx(0.15)
     env.reset(seed=1)
-    linear, known = (benchmark.play(env, policy)["objective_centred"].mean() for policy in (agent.policy, classic))
-    named = benchmark.play(env, env.rivals[0])["objective_centred"].mean()
+    linear, known = (play(env, policy)["objective_centred"].mean() for policy in (agent.policy, classic))
+    named = play(env, env.rivals[0])["objective_centred"].mean()
     assert linear > named + 0.8 * (known - named)
 
 
@@ -108,7 +126,7 @@ def test_logprob_is_gaussian():
     action, logprob, value = agent.act(observation, noise)
     normal = torch.distributions.Normal(agent.actor_mean(observation), agent.actor_logstd.exp())
     torch.testing.assert_close(logprob, normal.log_prob(action).sum(-1), rtol=1e-4, atol=1e-4)
-    again, entropy, same = agent.evaluate(observation, action)
+    again, entropy, same = agent.evaluate_actions(observation, action)
     torch.testing.assert_close(again, logprob, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(entropy, normal.entropy().sum(-1)[0])
     torch.testing.assert_close(same, value)
@@ -116,9 +134,9 @@ def test_logprob_is_gaussian():
 
 def test_training_beats_the_named_baseline(tmp_path):
     args = phase3.Args(total_timesteps=200_000, num_envs=128, num_evaluations=2, save_model=False)
-    market = phase3.make_market(args, phase3.make_dynamics(args), 64, CPU)
-    phase3.train(args, makers.classical_makers(market), tmp_path, CPU, None, None)
-    rows = runs.read_metrics(tmp_path / "metrics.csv")
+    market = phase3.make_market(args, model_of(args), 64, CPU)
+    phase3.train(PHASE.run(args, tmp_path), makers.classical_makers(market))
+    rows = read_metrics(tmp_path / "metrics.csv")
     curve = [row["charts/gain_over_avellaneda_stoikov"] for row in rows]
     assert curve[-1] > curve[0] + 0.05
     assert curve[-1] > 0.3 * (rows[-1]["charts/objective"] - curve[-1])  # of the baseline's objective
@@ -151,27 +169,28 @@ def test_against_another_rival(run):
     assert rival == [2 * known[0], known[1], 0.7]
     sweep = json.loads((trained / "rival_sweep.json").read_text())
     assert set(sweep) == {"half-spread", "risk aversion"}
-    assert list(sweep["half-spread"]) == [str(x) for x in makers.SPREADS]
+    assert list(sweep["half-spread"]) == [str(x) for x in quoting.SPREADS]
 
 
 def test_verdict():
     """Every criterion can fail, and says so."""
     _, env, _, classic = make(512, num_steps=6)
-    named = baselines.avellaneda_stoikov(env.env, 0.25, 0.8)
-    policies = {makers.NAMED_MAKER: named, makers.STRONGEST_MAKER: classic}
-    parameters = {makers.NAMED_MAKER: (0.25, 0.8), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
+    named = formulas.avellaneda_stoikov(env.env, 0.25, 0.8)
+    policies = {makers.AVELLANEDA_STOIKOV: named, makers.STRONGEST_MAKER: classic}
+    parameters = {makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
     classics = makers.Makers(env, policies, {**parameters, makers.RIVAL: (0.25, 0.8, 1.0)}, "made up")
-    contest = makers.quoting_contest(classics, named, 512)
-    result = makers.judge_quoting("title", {}, contest, default_market=True)
+    contest = contest_of(classics, named, 512)
+    result = quoting.judge_quoting({}, contest, default_market=True)
     failed = {criterion.name for criterion in result.criteria if not criterion.passed}
     assert failed == {
-        f"beats {makers.NAMED_MAKER}", f"beats {makers.STRONGEST_MAKER}", f"objective 30 % above {makers.NAMED_MAKER}",
-        f"mean P&L 12 % above {makers.NAMED_MAKER}", f"0.2 above {makers.STRONGEST_MAKER}",
+        f"beats {makers.AVELLANEDA_STOIKOV}", f"beats {makers.STRONGEST_MAKER}",
+        f"objective 30 % above {makers.AVELLANEDA_STOIKOV}",
+        f"mean P&L 12 % above {makers.AVELLANEDA_STOIKOV}", f"0.2 above {makers.STRONGEST_MAKER}",
         "has 8,192 episodes or more",
     }  # fmt: skip
     assert not result.passed
-    assert result.advantages[makers.NAMED_MAKER].mean == 0
-    assert f"objective above {makers.NAMED_MAKER}: 0.00 %" in result.verdict()
+    assert result.advantages[makers.AVELLANEDA_STOIKOV].mean == 0
+    assert f"objective above {makers.AVELLANEDA_STOIKOV}: 0.00 %" in result.verdict()
     row = result.rows["agent"]
     assert row["market_share"] == pytest.approx(0.5, abs=0.03)
     assert row["delta_share"] == pytest.approx(row["net_delta"] / row["gross_delta"])
@@ -180,22 +199,22 @@ def test_verdict():
 
 def test_verdict_on_risk_and_on_edges():
     _, env, _, classic = make(512, num_steps=6)
-    rash = baselines.constant_spread(env.env, 0.7)  # trades much, never mind what it holds
+    rash = formulas.constant_spread(env.env, 0.7)  # trades much, never mind what it holds
     parameters = {makers.STRONGEST_MAKER: (1.2, 0.8, 0.15), makers.RIVAL: (0.25, 0.8, 1.0)}
-    policies = {makers.NAMED_MAKER: env.rivals[0], makers.STRONGEST_MAKER: classic}
-    contest = makers.quoting_contest(makers.Makers(env, policies, parameters, "made up"), rash, 512)
-    failed = [c.name for c in makers.judge_quoting("title", {}, contest, True).criteria if not c.passed]
-    assert f"P&L sd no higher than of {makers.NAMED_MAKER}" in failed
+    policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.STRONGEST_MAKER: classic}
+    contest = contest_of(makers.Makers(env, policies, parameters, "made up"), rash, 512)
+    failed = [c.name for c in quoting.judge_quoting({}, contest, True).criteria if not c.passed]
+    assert f"P&L sd no higher than of {makers.AVELLANEDA_STOIKOV}" in failed
 
     model = dynamics.GBM(0.2, 1 / 504)
     _, env, _, _ = make(512, model, num_steps=6, risk_aversion=0.0, cost_rate=0.0)
-    env = AgainstRivals(env.env, [baselines.constant_spread(env.env, 0.8)])
-    policies = dict.fromkeys((makers.NAMED_MAKER, makers.STRONGEST_MAKER), env.rivals[0])
+    env = AgainstRivals(env.env, [formulas.constant_spread(env.env, 0.8)])
+    policies = dict.fromkeys((makers.AVELLANEDA_STOIKOV, makers.STRONGEST_MAKER), env.rivals[0])
     classics = makers.Makers(env, policies, {makers.RIVAL: (1e-6, 1.0, 1.0)}, "made up")
-    best = makers.optimum.optimal_quotes(env)
+    best = optimal_quotes(env)
     for multiple, passes in ((1.0, True), (1.05, False), (0.95, False)):
-        contest = makers.quoting_contest(classics, lambda o, x=multiple: x * best(o), 512)
-        criteria = {c.name: c.passed for c in makers.judge_quoting("title", {}, contest, False).criteria}
+        contest = contest_of(classics, lambda o, x=multiple: x * best(o), 512)
+        criteria = {c.name: c.passed for c in quoting.judge_quoting({}, contest, False).criteria}
         assert criteria["edge within 3 % of the best response"] == passes
 
 
@@ -212,7 +231,8 @@ def test_resuming_meets_the_very_same_opponents(run, monkeypatch):
     def changed(*_):
         raise AssertionError("tuned anew")
 
-    monkeypatch.setattr(makers, "classical_makers", changed)
+    monkeypatch.setattr(makers, "tune_makers", changed)
+    monkeypatch.setattr(makers, "RECORDED", Path("nowhere"))
     run("--resume", folder)
     assert (folder / "benchmark.json").read_bytes() == before
 
@@ -220,14 +240,14 @@ def test_resuming_meets_the_very_same_opponents(run, monkeypatch):
 def test_relative_gain():
     rng = np.random.default_rng(0)
     baseline = rng.normal(2.0, 1.0, 4000)
-    gain = benchmark.relative_gain(1.5 * baseline, baseline)
+    gain = report.relative_gain(1.5 * baseline, baseline)
     assert gain.mean == pytest.approx(0.5)
     assert gain.se == pytest.approx(0.0, abs=1e-12)
     shares = []
     for seed in range(300):
         rng = np.random.default_rng(seed)
         x = rng.normal(2.0, 1.0, 400)
-        shares.append(benchmark.relative_gain(x + rng.normal(0.4, 0.5, 400), x))
+        shares.append(report.relative_gain(x + rng.normal(0.4, 0.5, 400), x))
     covered = np.mean([share.low < 0.2 < share.high for share in shares])
     assert 0.9 < covered < 0.99
 
@@ -235,15 +255,15 @@ def test_relative_gain():
 @pytest.mark.parametrize("name", ["heston", "gbm", "garch", "merton"])
 def test_recorded_parameters_are_those_of_the_default_market(name):
     args = phase3.Args(dynamics=name)
-    model = phase3.make_dynamics(args)
+    model = model_of(args)
     classics = makers.classical_makers(phase3.make_market(args, model, 512, CPU))
     assert classics.origin.startswith("recorded")
     assert (makers.INVENTORY_DP in classics.policies) == (name == "gbm")
     # and they are good: nothing on a coarse grid is significantly better on other episodes
     env = classics.env
     env.reset(seed=77)
-    for maker, formula in ((makers.NAMED_MAKER, baselines.avellaneda_stoikov), (makers.GLFT, baselines.glft)):
-        best = benchmark.play(env, classics.policies[maker])["objective_centred"]
+    for maker, formula in ((makers.AVELLANEDA_STOIKOV, formulas.avellaneda_stoikov), (makers.GLFT, formulas.glft)):
+        best = play(env, classics.policies[maker])["objective_centred"]
         a, k = classics.parameters[maker]
         for x, y in (
             (1.3, 1),
@@ -256,17 +276,17 @@ def test_recorded_parameters_are_those_of_the_default_market(name):
             (10, 0.5),
             (0.25, 0.5),
         ):
-            other = benchmark.play(env, formula(env.env, x * a, y * k))["objective_centred"]
-            gain = benchmark.estimate(other - best)
+            other = play(env, formula(env.env, x * a, y * k))["objective_centred"]
+            gain = report.estimate(other - best)
             assert gain.mean < max(3 * gain.se, 0.02), (maker, x, y)
 
 
 def test_figures_of_a_contest_without_training(tmp_path):
     _, env, agent, classic = make(64, dynamics.GBM(0.2, 1 / 504))
-    policies = {makers.NAMED_MAKER: env.rivals[0], makers.GLFT: classic, makers.STRONGEST_MAKER: classic}
+    policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.GLFT: classic, makers.STRONGEST_MAKER: classic}
     parameters = dict.fromkeys(policies, (0.25, 0.8)) | {makers.RIVAL: (0.25, 0.8, 1.0)}
-    contest = makers.quoting_contest(makers.Makers(env, policies, parameters, "made up"), agent.policy, 64)
-    sweep = makers.rival_sweep(contest, tuple(contest.policies), episodes=64)
-    figures.quoting_report(tmp_path, "title", contest, sweep)
+    contest = contest_of(makers.Makers(env, policies, parameters, "made up"), agent.policy, 64)
+    contest.sweep = quoting.rival_sweep(contest, tuple(contest.policies), episodes=64)
+    quoting_report(tmp_path, contest)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {"learnt_quotes.png", "episode.png", "pnl.png", "rival_sweep.png"}

@@ -1,21 +1,25 @@
 """What is particular to phase 1; what all phases share is in test_scripts.py."""
 
 import torch
+from common import PHASES
 
 import phase1_delta_hedge_ppo as phase1
-from envs import benchmark, dynamics, runs
+from envs.benchmark.contest import play
+from envs.market.dynamics import GBM
+from envs.run.files import read_metrics
 
 
 def test_training_improves_the_policy_and_the_agent_agrees_when_trading_is_free(tmp_path):
     """Half a million steps: well above the first evaluation; at zero cost the agent is as good as delta and optimum."""
     for cost_rate in (1e-3, 0.0):
         args = phase1.Args(cost_rate=cost_rate, total_timesteps=30_720 * 16, num_evaluations=4, save_model=False)
-        agent, steps = phase1.train(args, dynamics.GBM(), tmp_path, torch.device("cpu"), None, None)
-        curve = [row["charts/gain_over_black_scholes"] for row in runs.read_metrics(tmp_path / "metrics.csv")]
+        run = PHASES["phase1"].run(args, tmp_path)
+        agent = phase1.train(run, GBM())
+        curve = [row["charts/gain_over_black_scholes"] for row in read_metrics(tmp_path / "metrics.csv")]
         assert curve[-1] > curve[0]
         if cost_rate == 0.0:
             args.eval_episodes = 16_384
-            result = phase1.run_benchmark(args, dynamics.GBM(), agent, steps, tmp_path, torch.device("cpu"))
+            result, _ = phase1.benchmark(run, GBM(), agent)
             assert result.passed, result.verdict()
             assert "agrees with exact optimum" in result.verdict()
 
@@ -27,7 +31,7 @@ def test_agent_policy_is_what_training_acts_with():
     observation, _ = env.reset(seed=0)
     raw, _, _ = agent.act(agent.normalise(observation), torch.zeros(16, 2))
     torch.testing.assert_close(agent.policy(observation), agent.to_band(raw))
-    logprob, _, _ = agent.evaluate(agent.normalise(observation), raw)
+    logprob, _, _ = agent.evaluate_actions(agent.normalise(observation), raw)
     expected = torch.distributions.Normal(raw, agent.actor_logstd.exp()).log_prob(raw).sum(-1)
     torch.testing.assert_close(logprob, expected)
-    assert benchmark.play(env, agent.policy)["pnl"].shape == (16,)
+    assert play(env, agent.policy)["pnl"].shape == (16,)

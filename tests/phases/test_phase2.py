@@ -5,12 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PHASES, SP500_GARCH
+from common import CPU, PHASES, SP500_GARCH
 
 import phase2_multi_order_sac as phase2
-from envs import baselines, benchmark, dynamics, figures, hedging, runs
+from envs.baselines import hedgers
+from envs.benchmark import contest, report
+from envs.benchmark.hedging import BLACK_SCHOLES
+from envs.figures.hedging import cost_trend
+from envs.market import dynamics, hedging
+from envs.run.files import read_metrics
 
-CPU = torch.device("cpu")
 PHASE = PHASES["phase2"]
 
 
@@ -89,12 +93,12 @@ def test_rewards_in_the_buffer_add_up_to_the_gain_over_black_scholes(model):
         observation, reward, _, _, info = env.step(agent.to_band(action))
         objective += reward - info["income"] - info["wealth_change"]
     opening = env.cost_rate * 100.0 * env.delta[0].abs()  # of the delta hedge, known before the first action
-    black_scholes = benchmark.play(env, lambda observation: torch.zeros(20_000, 2))["objective_centred"]
+    black_scholes = contest.play(env, lambda observation: torch.zeros(20_000, 2))["objective_centred"]
     learnt = buffer.rewards.view(30, -1).sum(0) / 2.0 * agent.reward_unit - trade_costs + opening
     assert buffer.dones.view(30, -1)[-1].all()
     assert buffer.dones.sum() == 20_000
     gain = (objective - torch.from_numpy(black_scholes).float()).numpy()
-    difference = benchmark.estimate(learnt.numpy() - gain)
+    difference = report.estimate(learnt.numpy() - gain)
     assert abs(difference.mean) < 4 * difference.se + 0.005 * abs(gain.mean())
     assert learnt.std() < 0.9 * gain.std()  # with less noise
 
@@ -197,7 +201,7 @@ def test_bands_reach_the_minimum_variance_delta():
     env = phase2.make_env(args, dynamics.Heston(), 1024, CPU)
     agent = phase2.Agent(env, args.hidden_size)
     agent.fit(env)
-    target, reached = baselines.minimum_variance_delta(env), []
+    target, reached = hedgers.minimum_variance_delta(env), []
     observation, _ = env.reset(seed=0)
     for _ in range(30):
         action = target(observation)
@@ -236,17 +240,15 @@ def test_training_improves_the_policy(tmp_path):
         batch_size=256, hidden_size=64, utd=1 / 256, average=0.02, num_evaluations=4, save_model=False,
         learning_starts=10_000, buffer_size=100_000,
     )  # fmt: skip
-    phase2.train(args, dynamics.GBM(), tmp_path, CPU, None, None)
-    curve = [row["charts/share_of_gap_closed"] for row in runs.read_metrics(tmp_path / "metrics.csv")]
+    phase2.train(PHASE.run(args, tmp_path), dynamics.GBM())
+    curve = [row["charts/share_of_gap_closed"] for row in read_metrics(tmp_path / "metrics.csv")]
     assert curve[-1] > 0.87  # the tuned constant band, where it starts, closes 86 %
 
 
 def test_cost_trend_figure(tmp_path):
     row = {"turnover": 10.0, "net_delta": 0.2}
-    contestants = ("agent", benchmark.NAMED, "constant band, tuned", "Whalley–Wilmott, tuned")
-    figures.cost_trend(
-        tmp_path / "trend.png", {rate: dict.fromkeys(contestants, row) for rate in (1e-4, 1e-3)}, "title"
-    )
+    contestants = ("agent", BLACK_SCHOLES, "constant band, tuned", "Whalley–Wilmott, tuned")
+    cost_trend(tmp_path / "trend.png", {rate: dict.fromkeys(contestants, row) for rate in (1e-4, 1e-3)}, "title")
     assert (tmp_path / "trend.png").stat().st_size > 10_000
 
 
@@ -260,4 +262,4 @@ def test_resuming_without_the_buffer_fills_a_new_one(quick, tmp_path, monkeypatc
     checkpoint["iteration"], checkpoint["rows"] = 6, 3
     torch.save(checkpoint, folder / "checkpoint.pt")
     phase2.main(["--resume", str(folder)])
-    assert len(runs.read_metrics(folder / "metrics.csv")) == 5
+    assert len(read_metrics(folder / "metrics.csv")) == 5
