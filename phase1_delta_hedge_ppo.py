@@ -29,6 +29,7 @@ from envs.run.seeds import EXPLORATION_SEED, SCALE_SEED
 
 Tensor = torch.Tensor
 PHASE = "phase1"  # a checkpoint is only loaded into the phase that wrote it
+HIDDEN = 64  # width of the hidden layers
 QUICK = {"total_timesteps": 1_000_000, "eval_episodes": 8192, "num_evaluations": 8}  # the flags that --quick sets
 
 
@@ -134,8 +135,8 @@ class Agent(nn.Module):
 
         def network(outputs: int, std: float) -> nn.Sequential:
             return nn.Sequential(
-                layer_init(nn.Linear(size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh(),
-                layer_init(nn.Linear(64, outputs), std),
+                layer_init(nn.Linear(size, HIDDEN)), nn.Tanh(), layer_init(nn.Linear(HIDDEN, HIDDEN)), nn.Tanh(),
+                layer_init(nn.Linear(HIDDEN, outputs), std),
             )  # fmt: skip
 
         self.actor_mean = network(actions, 0.01)

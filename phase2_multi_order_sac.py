@@ -24,7 +24,7 @@ from envs.benchmark.contest import play, tune
 from envs.benchmark.hedging import hedging_benchmark, hedging_validation
 from envs.figures.hedging import hedging_report
 from envs.market.dynamics import Dynamics
-from envs.market.hedging import NET_DELTA, option_grid, with_net_delta
+from envs.market.hedging import option_grid
 from envs.models import ModelArgs, check_unseen, make_model
 from envs.run.args import BatchedRunArgs, check_range
 from envs.run.errors import check
@@ -212,6 +212,7 @@ class Agent(nn.Module):
         size = env.single_observation_space.shape[0]
         actions = env.single_action_space.shape[0]
         self.num_actions = actions
+        self.net_delta = env.columns["net delta"]
         self.actor = nn.Sequential(
             nn.Linear(size, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True),
             nn.Linear(hidden, 2 * actions),
@@ -264,7 +265,7 @@ class Agent(nn.Module):
     def head(self, actor: nn.Module, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Observation (n, size) → mean and log standard deviation (n, actions) of the Gaussian to be squashed."""
         book = self.normalise(observation)
-        book[:, NET_DELTA] = 0.0
+        book[:, self.net_delta] = 0.0
         mean, log_std = actor(book).chunk(2, -1)
         return mean, log_std.clamp(-5, 1)
 
@@ -346,7 +347,8 @@ def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, gen
         action[:num_random] = torch.erf(noise[:num_random] / math.sqrt(2))  # uniform in (−1, 1)
         band = agent.to_band(action)
         after, trade_cost = env.after_trade(observation, band)
-        net_delta = env.book_scale * after[:, NET_DELTA]
+        after = env.column(after, "net delta")
+        net_delta = env.book_scale * after
         centre = minimum_variance(observation)[:, 0]
         spot_variance = env.spot[env.t] ** 2 * env.variance[env.t] * env.dynamics.dt
         risk = 0.5 * env.risk_aversion * spot_variance * net_delta * (net_delta - 2 * centre)
@@ -357,7 +359,7 @@ def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, gen
         # know the cost of this trade, so it is added back. The delta hedge's cost is that of its *next* trade: its last
         # one was known before ours, and the net delta would reveal it.
         reward = scale * (info["hedged_cost"] - (info["cost"] - trade_cost) - risk)
-        buffer.add(observation, after[:, NET_DELTA], reward, next_observation, terminated.float())
+        buffer.add(observation, after, reward, next_observation, terminated.float())
         observation = next_observation
 
 
@@ -375,7 +377,7 @@ def sac_loss(agent: Agent, env: HedgingEnv, batch: tuple[Tensor, ...], noise: Te
         next_actions, next_logprobs = agent.act(next_observations, noise[0])
         next_values = value(agent.target_critic, next_observations, next_actions) - alpha * next_logprobs
         targets = rewards + args.gamma * (1 - dones) * next_values  # expiry is terminal
-    traded = with_net_delta(observations, net_deltas)
+    traded = env.with_net_delta(observations, net_deltas)
     critic_loss = (agent.critic(agent.normalise(traded)) - targets).square().mean(-1).sum()
     actions, logprobs = agent.act(observations, noise[1])
     values = value(agent.critic, observations, actions, frozen=True)

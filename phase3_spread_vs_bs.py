@@ -22,7 +22,7 @@ from envs.benchmark.quoting import quoting_benchmark, quoting_validation
 from envs.figures.quoting import quoting_report
 from envs.market.dynamics import Dynamics
 from envs.market.history import Historical
-from envs.market.quoting import VEGA, BadQuote
+from envs.market.quoting import BadQuote
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_unseen, make_model
 from envs.run.args import BatchedRunArgs, check_ppo, check_range
@@ -34,6 +34,7 @@ from envs.run.seeds import EXPLORATION_SEED, SCALE_SEED
 Tensor = torch.Tensor
 PHASE = "phase3"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 4096  # played side by side for validation and benchmark
+HIDDEN = 64  # width of the hidden layers
 QUICK = {"total_timesteps": 500_000, "num_envs": 256, "eval_episodes": 4096, "num_evaluations": 8}  # set by --quick
 
 
@@ -146,11 +147,12 @@ class Agent(nn.Module):
         super().__init__()
         size = market.maker_observation_space.shape[0]
         actions = market.maker_action_space.shape[0]
+        self.vega = market.columns["net vega"].start
 
         def network(outputs: int, std: float) -> nn.Sequential:
             return nn.Sequential(
-                layer_init(nn.Linear(size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh(),
-                layer_init(nn.Linear(64, outputs), std),
+                layer_init(nn.Linear(size, HIDDEN)), nn.Tanh(), layer_init(nn.Linear(HIDDEN, HIDDEN)), nn.Tanh(),
+                layer_init(nn.Linear(HIDDEN, outputs), std),
             )  # fmt: skip
 
         self.actor_mean = network(actions, 0.01)
@@ -174,14 +176,16 @@ class Agent(nn.Module):
             acted.append(action)
             observation, *_ = env.step(action)
         seen = torch.cat(seen)
-        half_spread, skew, target, band = torch.cat(acted).unbind(-1)
-        vega = seen[:, VEGA]
+        action = env.env.by_name(torch.cat(acted))
+        vega = seen[:, self.vega]
         square = vega.square().mean().clamp(min=1e-12)
-        skew_slope = (skew * vega).mean() / square
-        target_slope = (target * vega).mean() / square
-        self.linear_maker.copy_(
-            torch.stack((half_spread.mean(), skew_slope, target_slope, band.mean().clamp(min=0.01)))
+        linear = (
+            action["half_spread"].mean(),
+            (action["skew"] * vega).mean() / square,
+            (action["target"] * vega).mean() / square,
+            action["band"].mean().clamp(min=0.01),
         )
+        self.linear_maker.copy_(torch.stack(linear))
         self.observation_mean.copy_(seen.mean(0))
         # What never varies in training (gbm's volatility) must not be blown up where it differs, in another market.
         self.observation_std.copy_(torch.where(seen.std(0) < 1e-2, 1.0, seen.std(0)))
@@ -193,7 +197,7 @@ class Agent(nn.Module):
         """Observation and raw action (n, actions) → half-spread, skew, target delta, half-width of the band."""
         half_spread, skew, target, band = self.linear_maker
         raw = raw_action.clamp(-5, 5)
-        vega = observation[:, VEGA]
+        vega = observation[:, self.vega]
         return torch.stack((
             half_spread * (0.6 * raw[:, 0]).exp(),
             skew * vega + 0.5 * half_spread * raw[:, 1],

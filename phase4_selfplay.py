@@ -32,7 +32,7 @@ from envs.benchmark.makers import (
 from envs.figures.selfplay import selfplay_report
 from envs.market.dynamics import Dynamics
 from envs.market.history import Historical
-from envs.market.quoting import OBSERVATION_NAMES, VEGA, BadQuote
+from envs.market.quoting import BadQuote
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_unseen, make_model
 from envs.run.args import BatchedRunArgs, check_ppo, check_range
@@ -47,6 +47,7 @@ Tensor = torch.Tensor
 PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 CLASSICS = (AVELLANEDA_STOIKOV, STRONGEST_MAKER, GLFT, CONSTANT_SPREAD)  # take their turns as opponents
+HIDDEN = 64  # width of the hidden layers
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
 
@@ -194,19 +195,19 @@ class Agent(nn.Module):
         super().__init__()
         size = market.maker_observation_space.shape[0]
         actions = market.maker_action_space.shape[0]
+        self.vega = market.columns["net vega"].start
 
         def network(outputs: int, std: float) -> nn.Sequential:
             return nn.Sequential(
-                layer_init(nn.Linear(size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh(),
-                layer_init(nn.Linear(64, outputs), std),
+                layer_init(nn.Linear(size, HIDDEN)), nn.Tanh(), layer_init(nn.Linear(HIDDEN, HIDDEN)), nn.Tanh(),
+                layer_init(nn.Linear(HIDDEN, outputs), std),
             )  # fmt: skip
 
         self.actor_mean = network(actions, 0.01)
         self.critic = network(1, 1.0)
         self.actor_logstd = nn.Parameter(torch.full((actions,), -0.5))
         self.choice = (market.choice_sensitivity, market.reference_edge)
-        first = len(OBSERVATION_NAMES)
-        self.rival_edges = slice(first, first + 2 * (market.num_makers - 1))  # columns of the observation
+        self.rival_edges = market.columns["rival edges"]
         # Observations are standardised by what the classical maker met before training, and saved with the policy.
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
@@ -225,14 +226,16 @@ class Agent(nn.Module):
             acted.append(action)
             observation, *_ = env.step(action)
         seen = self.attraction(torch.cat(seen))
-        half_spread, skew, target, band = torch.cat(acted).unbind(-1)
-        vega = seen[:, VEGA]
+        action = env.env.by_name(torch.cat(acted))
+        vega = seen[:, self.vega]
         square = vega.square().mean().clamp(min=1e-12)
-        skew_slope = (skew * vega).mean() / square
-        target_slope = (target * vega).mean() / square
-        self.linear_maker.copy_(
-            torch.stack((half_spread.mean(), skew_slope, target_slope, band.mean().clamp(min=0.01)))
+        linear = (
+            action["half_spread"].mean(),
+            (action["skew"] * vega).mean() / square,
+            (action["target"] * vega).mean() / square,
+            action["band"].mean().clamp(min=0.01),
         )
+        self.linear_maker.copy_(torch.stack(linear))
         self.observation_mean.copy_(seen.mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market where it does. The
         # rivals of training will differ more among each other than these, so their columns have a scale of their own.
@@ -255,7 +258,7 @@ class Agent(nn.Module):
         """Observation and raw action (n, actions) → half-spread, skew, target delta, half-width of the band."""
         half_spread, skew, target, band = self.linear_maker
         raw = raw_action.clamp(-5, 5)
-        vega = observation[:, VEGA]
+        vega = observation[:, self.vega]
         return torch.stack((
             half_spread * (0.6 * raw[:, 0]).exp(),
             skew * vega + 0.5 * half_spread * raw[:, 1],

@@ -4,8 +4,8 @@
     python benchmarks/throughput.py --num-envs 64 1024 16384 --modes eager cudagraphs
     python benchmarks/throughput.py --peers                           Stable-Baselines3 beside it (CPU)
 
-Each figure is the second half of a run, so that start-up, warm-up and graph capture stay out of it. The table is written
-to runs/throughput/ (or -2, -3 …).
+Each figure is the second half of a run, so that start-up, warm-up and graph capture stay out of it. The table is
+written to runs/throughput/ (or -2, -3 …).
 """
 
 import os

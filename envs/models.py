@@ -130,7 +130,7 @@ def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS, lifetime: int = 1)
     except ValueError as error:
         raise UsageError(str(error)) from None
     why = "the smile ends there" if lifetime == 1 else "options expire after twice that, and the smile ends"
-    allowed = f"at most {model.last_step // lifetime} with this market: {why}" if model.last_step < math.inf else ""
+    allowed = f"at most {model.last_step // lifetime} with this market: {why}"
     check(lifetime * args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
     return model
 

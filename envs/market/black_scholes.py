@@ -47,18 +47,14 @@ def _like(x, reference: Tensor) -> Tensor:
 def _prepare(spot, strike, time_to_expiry, volatility, is_call):
     """Broadcasts the arguments; returns them with d1, d2, sign (+1 call, −1 put) and the mask of live options.
 
-    Where nothing is left to happen (σ√τ = 0), d1 and d2 are their limits: ±∞, or 0 at the money. They come from a
-    harmless stand-in for σ√τ there, so that autograd meets no 0/0.
+    Where σ√τ = 0, d1 and d2 are their limits: ±∞, or 0 at the money. There σ√τ is replaced by another number before it
+    divides, so that autograd meets no 0/0.
     """
     spot = torch.as_tensor(spot)
     if not spot.is_floating_point():
         spot = spot.to(torch.get_default_dtype())
-    strike, time_to_expiry, volatility, sign = (
-        _like(x, spot) for x in (strike, time_to_expiry, volatility, 2.0 * is_call - 1.0)
-    )
-    spot, strike, time_to_expiry, volatility, sign = torch.broadcast_tensors(
-        spot, strike, time_to_expiry, volatility, sign
-    )
+    others = (_like(x, spot) for x in (strike, time_to_expiry, volatility, 2.0 * is_call - 1.0))
+    spot, strike, time_to_expiry, volatility, sign = torch.broadcast_tensors(spot, *others)
     live = (time_to_expiry > 0) & (volatility > 0)
     total_volatility = torch.where(live, volatility, 1.0) * torch.where(live, time_to_expiry, 1.0).sqrt()
     log_moneyness = log_ratio(spot, strike)
@@ -128,7 +124,7 @@ def _vega(spot, _strike, tau, _volatility, _sign, d1, _d2, _live) -> Tensor:
 
 
 class Greeks(NamedTuple):
-    """What `price`, `delta`, `gamma` and `vega` return."""
+    """The results of `price`, `delta`, `gamma` and `vega`."""
 
     price: Tensor
     delta: Tensor
@@ -156,9 +152,9 @@ def implied_volatility(price_, spot, strike, time_to_expiry, is_call=True, itera
     """Volatility at which `price` returns `price_`; NaN where no volatility does.
 
     Newton's method on the logarithm of the out-of-the-money price, safeguarded by a bracket: a step that leaves the
-    bracket is replaced by bisection. In float64 it returns to within 1e-10 on ±5 standard deviations of moneyness (an
-    in-the-money price carries its time value only to the last digit of the whole price, which bounds what any solver
-    can recover). The number of iterations is fixed, so nothing synchronises with the host.
+    bracket is replaced by bisection. In float64 the error is below 1e-10 within ±5 standard deviations of moneyness.
+    (An in-the-money price is rounded to the last digit of the whole price, its time value too: this limits any solver.)
+    The number of iterations is fixed, so nothing synchronises with the host.
 
     Args:
         price_: option price, in currency; the other arguments as in `price`.
@@ -186,14 +182,17 @@ def implied_volatility(price_, spot, strike, time_to_expiry, is_call=True, itera
         target = torch.where(solvable, target, 0.1)
         x = torch.where(solvable, x, 0.0)
         log_target = target.log()
-        low, high = torch.zeros_like(x), 40.0 + 2.0 * x.abs()
+        low = torch.zeros_like(x)
+        high = 40.0 + 2.0 * x.abs()
         w = torch.maximum((2.0 * x.abs()).sqrt(), target / INV_SQRT_2PI).clamp(max=40.0)
         for _ in range(iterations):
-            d1, d2 = x / w + 0.5 * w, x / w - 0.5 * w
+            d1 = x / w + 0.5 * w
+            d2 = x / w - 0.5 * w
             value = torch.exp(0.5 * x) * normal_cdf(d1) - torch.exp(-0.5 * x) * normal_cdf(d2)
             slope = torch.exp(0.5 * x) * normal_pdf(d1)  # ∂value/∂w
             too_low = value < target
-            low, high = torch.where(too_low, w, low), torch.where(too_low, high, w)
+            low = torch.where(too_low, w, low)
+            high = torch.where(too_low, high, w)
             step = (log_target - value.log()) * value / slope
             newton = w + step
             inside = (newton > low) & (newton < high)  # False for NaN and ∞

@@ -2,9 +2,9 @@
 
     noise (num_paths, num_steps, noise_size)  ->  spot, variance, both (num_paths, num_steps + 1)
 
-`simulate` is a deterministic function of its noise, so who draws the noise decides who meets the same market: the
-environments draw it once per episode from an explicit `torch.Generator` (`draw_noise`), which makes every comparison
-paired. Under every model E[S_{t+1} | past] = S_t holds exactly in discrete time, whatever the step.
+`simulate` is a deterministic function of its noise, so the same noise is the same market. The environments draw it once
+per episode from an explicit `torch.Generator` (`draw_noise`), which makes every comparison paired. Under every model
+E[S_{t+1} | past] = S_t holds exactly in discrete time, whatever the step.
 
 Units: `dt` in years (1/252 = one trading day); `variance` is annualised and is the state that drives the *next* step;
 volatilities are annualised decimals. Zero rates and dividends.
@@ -27,8 +27,8 @@ def draw_noise(num_rows: int, num_columns: int, generator: torch.Generator, dtyp
     """Standard normals (num_rows, num_columns) whose row i depends on the generator alone, not on `num_rows`.
 
     PyTorch fills a tensor in an order that depends on its size (on the CPU the last 16 numbers, on a GPU all of them),
-    so rows are drawn in whole blocks and the rest of the last block is dropped. Draw once per reseeding or reset:
-    where a second draw starts does depend on the size of the first.
+    so rows are drawn in whole blocks and the rest of the last block is dropped. Draw once per reseeding or reset: the
+    start of a second draw does depend on the size of the first.
     """
     device = generator.device
     block = 16 if device.type == "cpu" else 1024
@@ -74,14 +74,15 @@ class Dynamics:
         return torch.full_like(spot + 0.0 * step, self.initial_variance)
 
     def parameters(self) -> dict[str, float]:
-        """What distinguishes this model from others of its kind."""
+        """The parameters of the model by name."""
         return asdict(self)
 
     def simulate(self, noise: Tensor, spot: float = 100.0) -> tuple[Tensor, Tensor]:
         """Noise (n, num_steps, noise_size) → spot and variance, both (n, num_steps + 1)."""
         variance = torch.full_like(noise[:, 0, 0], self.initial_variance)
         log_spot = torch.full_like(variance, math.log(spot))
-        log_spots, variances = [log_spot], [variance]
+        log_spots = [log_spot]
+        variances = [variance]
         for t in range(noise.shape[1]):
             log_return, variance = self.step(variance, noise[:, t])
             log_spot = log_spot + log_return
@@ -103,7 +104,7 @@ class Dynamics:
 
 
 class Smile:
-    """Volatilities that options are marked at: here √E[average variance to expiry], for all strikes the same.
+    """Volatilities that options are marked at: here √E[average variance to expiry], the same for all strikes.
 
     Attributes:
         dynamics: the model.
@@ -111,7 +112,9 @@ class Smile:
     """
 
     def __init__(self, dynamics: Dynamics, strike: Tensor, expiry: Tensor):
-        self.dynamics, self.strike, self.expiry = dynamics, strike, expiry
+        self.dynamics = dynamics
+        self.strike = strike
+        self.expiry = expiry
 
     def steps_left(self, step: Tensor) -> Tensor:
         """Steps (…) since the start → (…, num_options) to expiry."""
@@ -135,7 +138,7 @@ class Smile:
 
     @property
     def skewed(self) -> bool:
-        """Whether volatilities move with the spot at all; elsewhere the best delta is Black–Scholes'."""
+        """Whether volatilities move with the spot at all. If not, the best delta is Black–Scholes'."""
         return bool(self.dynamics.return_volatility_covariance(torch.ones(1)) != 0)
 
 
@@ -194,21 +197,19 @@ class GARCH(Dynamics):
 
     def expected_average_variance(self, variance, num_steps):
         """v̄ + (v − v̄)(1 − p^m)/(m(1 − p))."""
-        m, p, mean = (
-            torch.as_tensor(num_steps, device=variance.device).double(),
-            self.persistence,
-            self.initial_variance,
-        )
+        m = torch.as_tensor(num_steps, device=variance.device).double()
+        p = self.persistence
+        mean = self.initial_variance
         weight = torch.where(m > 0, -torch.expm1(m * math.log(p)) / (m.clamp(min=1) * (1.0 - p)), 1.0)
         return mean + (variance - mean) * weight.to(variance.dtype)
 
     def return_volatility_covariance(self, variance):
-        """Cov(v', ε)/h: the ε² of a falling market counts γ more, so it is −252·γ√(2h/π) (E|Z|³ = √(8/π))."""
+        """Cov(v', ε)/h = −252·γ√(2h/π): the ε² of a fall has the weight α + γ, of a rise α (E|Z|³ = √(8/π))."""
         h = variance / TRADING_DAYS
         return -TRADING_DAYS * self.gamma * (2.0 * h / math.pi).sqrt()
 
     def next_variance_moments(self, variance):
-        """Mean ω + p h, variance h²(3(α² + αγ + ½γ²) − (α + ½γ)²), annualised: E Z⁴ = 3, half of it from falls."""
+        """Mean ω + p h and variance h²(3(α² + αγ + ½γ²) − (α + ½γ)²), annualised (E Z⁴ = 3, half of it from falls)."""
         mean_square = 3.0 * (self.alpha**2 + self.alpha * self.gamma + 0.5 * self.gamma**2)
         spread = mean_square - (self.alpha + 0.5 * self.gamma) ** 2
         return TRADING_DAYS * self.omega + self.persistence * variance, variance**2 * spread
@@ -239,8 +240,8 @@ class Heston(Dynamics):
                 raise ValueError(f"{name} is {getattr(self, name)} (more than 0)")
         if not -1 <= self.correlation <= 1:
             raise ValueError(f"correlation is {self.correlation} (at least -1, at most 1)")
-        # E[e^{A v'}] must exist in both branches at every v, Andersen (38): far beyond Feller's condition, and with a
-        # positive correlation, it does not.
+        # E[e^{A v'}] must exist in both branches at every v, Andersen (38). With a positive correlation and Feller's
+        # condition far from satisfied, it does not.
         _, _, a_coefficient = self._coefficients()
         mean, var = self.next_variance_moments(torch.logspace(-8, 2, 400, dtype=torch.float64))
         psi = var / mean**2
@@ -254,7 +255,9 @@ class Heston(Dynamics):
 
     def _coefficients(self) -> tuple[float, float, float]:
         """K₂, K₃ = K₄ and A, the coefficient of v' in the conditional mean of S_{t+1}/S_t, Andersen (33)–(36)."""
-        rho, xi, dt = self.correlation, self.vol_of_vol, self.dt
+        rho = self.correlation
+        xi = self.vol_of_vol
+        dt = self.dt
         k2 = 0.5 * dt * (self.mean_reversion * rho / xi - 0.5) + rho / xi
         k3 = 0.5 * dt * (1 - rho**2)
         return k2, k3, k2 + 0.5 * k3
@@ -272,7 +275,9 @@ class Heston(Dynamics):
 
     def next_variance_moments(self, variance):
         """Andersen (17) and (18), exact."""
-        kappa, theta, xi = self.mean_reversion, self.mean_variance, self.vol_of_vol
+        kappa = self.mean_reversion
+        theta = self.mean_variance
+        xi = self.vol_of_vol
         decay = math.exp(-kappa * self.dt)
         mean = theta + (variance - theta) * decay
         return mean, variance * xi**2 * decay * (1 - decay) / kappa + theta * xi**2 * (1 - decay) ** 2 / (2 * kappa)
@@ -285,9 +290,8 @@ class Heston(Dynamics):
         quadratic = psi <= self.PSI_SWITCH
         a, b2 = self._quadratic(mean, psi)
         v_quadratic = a * (b2.sqrt() + noise[:, 0]) ** 2
-        log_m_quadratic = a_coefficient * b2 * a / (1 - 2 * a_coefficient * a) - 0.5 * torch.log1p(
-            -2 * a_coefficient * a
-        )
+        x = 2 * a_coefficient * a
+        log_m_quadratic = a_coefficient * b2 * a / (1 - x) - 0.5 * torch.log1p(-x)
         # Exponential branch: an atom at zero of weight p and an exponential tail, (29)–(32)
         psi_tail = psi.clamp(min=self.PSI_SWITCH)
         p = (psi_tail - 1) / (psi_tail + 1)
@@ -343,7 +347,7 @@ class Merton(Dynamics):
 
     def step(self, variance, noise):
         probabilities = self.jump_probabilities()
-        tail = normal_cdf(-noise[:, 1])  # 1 − U; counted from the tail, where floats are fine
+        tail = normal_cdf(-noise[:, 1])  # 1 − U: rare jumps are near 0, where floats are dense
         num_jumps = torch.zeros_like(tail)
         for n in range(1, len(probabilities)):
             num_jumps = num_jumps + (tail < sum(probabilities[n:])).to(tail.dtype)
@@ -357,9 +361,12 @@ class Merton(Dynamics):
         return variance + 0.0 * num_steps
 
     def return_variance(self, variance):
-        """e^{σ²dt} E[e^{2ΣJ}]/E[e^{ΣJ}]² − 1: less than the variance of the log-return where jumps go down."""
-        one, two = (
-            sum(p * math.exp(n * (a * self.jump_mean + 0.5 * (a * self.jump_volatility) ** 2)) for n, p in jumps)
-            for a, jumps in ((a, enumerate(self.jump_probabilities())) for a in (1, 2))
-        )
-        return torch.full_like(variance, math.exp(self.volatility**2 * self.dt) * two / one**2 - 1.0)
+        """e^{σ²dt} E[e^{2ΣJ}]/E[e^{ΣJ}]² − 1: less than the variance of the log-return if jumps go down."""
+
+        def moment(a: int) -> float:
+            """E[e^{aΣJ}]."""
+            growth = a * self.jump_mean + 0.5 * (a * self.jump_volatility) ** 2
+            return sum(p * math.exp(n * growth) for n, p in enumerate(self.jump_probabilities()))
+
+        growth = math.exp(self.volatility**2 * self.dt)
+        return torch.full_like(variance, growth * moment(2) / moment(1) ** 2 - 1.0)

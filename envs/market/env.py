@@ -1,6 +1,6 @@
 """MarketEnv: what HedgingEnv and QuotingEnv have in common.
 
-What is observed and what an action consists of stand in one table each. Spaces, columns and checks follow from them.
+One table describes the observation and one the action. Spaces, columns and checks follow from them.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,12 @@ Tensor = torch.Tensor
 class Part(NamedTuple):
     """A part of an observation.
 
-    width: number of columns.
-    values: environment → its current values, (…, width) or a shape that broadcasts to it.
-    unit: natural units of 1 in the observation, a number or (width,).
-    over_time: for speed, where actions change nothing: `values` gives all times at once, (num_steps + 1, …, width), and
-        is called when the market is set.
+    Attributes:
+        width: number of columns.
+        values: environment → current values, (num_envs, width) or (num_envs, num_makers, width), or what broadcasts.
+        unit: natural units of 1 in the observation, a number or (width,).
+        over_time: the actions do not change this part. Then, for speed, `values` is called once, when the market is set,
+            and gives all times, (num_steps + 1, …, width).
     """
 
     width: int
@@ -105,20 +106,26 @@ class MarketEnv(VectorEnv):
             raise RuntimeError("the episode is over (or never began): call reset()")
 
     def _join_parts(self) -> None:
-        """Evaluates the parts that are known for all times, neighbours joined: each then takes one operation a step."""
+        """Sets `blocks`: the observation's parts, with neighbours that are known for all times evaluated and joined."""
         self.blocks = []
         for over_time, parts in groupby(self.parts.values(), lambda part: part.over_time):
             if over_time:
-                values = [part.values(self) for part in parts]
-                shape = torch.broadcast_shapes(*(x.shape[:-1] for x in values))
-                self.blocks.append(torch.cat([x.expand(*shape, -1) for x in values], -1))
+                pairs = [(part.values(self), part.width) for part in parts]
+                shape = torch.broadcast_shapes(*(values.shape[:-1] for values, _ in pairs))
+                self.blocks.append(torch.cat([values.expand(*shape, width) for values, width in pairs], -1))
             else:
                 self.blocks += parts
 
     def observe(self) -> Tensor:
         """Observation of the current state: (num_envs, size), or (num_envs, num_makers, size) with several makers."""
-        blocks = [x[self.t] if isinstance(x, Tensor) else x.values(self) for x in self.blocks]
-        return torch.cat([x.expand(*self.holding.shape, -1) for x in blocks], -1)
+        shape = self.holding.shape
+        values = []
+        for block in self.blocks:
+            if isinstance(block, Part):
+                values.append(block.values(self).expand(*shape, block.width))
+            else:
+                values.append(block[self.t].expand(*shape, -1))
+        return torch.cat(values, -1)
 
     def column(self, observation: Tensor, name: str) -> Tensor:
         """A part of one column (…) of observations (…, size)."""

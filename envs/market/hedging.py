@@ -75,7 +75,7 @@ class OrderLaw:
         numbers, sizes, probabilities = self._cells()
         self.probabilities = np.array(probabilities) / np.sum(probabilities)
         self.sizes = np.array(sizes)
-        # P(cell or a later one). Rare cells come last, so the numbers near 0, where floats are dense, are theirs.
+        # P(cell or a later one). Rare cells come last, so they have the numbers near 0, where floats are dense.
         tail = np.cumsum(self.probabilities[::-1])
         self.tail = torch.tensor(tail[:-1], device=device, dtype=dtype)  # increasing
         self.number = torch.tensor(numbers[::-1], device=device, dtype=dtype)
@@ -83,7 +83,9 @@ class OrderLaw:
 
     def _cells(self) -> tuple[list[int], list[int], list[float]]:
         """Every (number, total size) that is not too rare to matter, and its probability."""
-        numbers, sizes, probabilities = [0], [0], [poisson.pmf(0, self.rate)]
+        numbers = [0]
+        sizes = [0]
+        probabilities = [poisson.pmf(0, self.rate)]
         for number in range(1, int(poisson.isf(1e-10, self.rate)) + 2):
             extra = np.zeros(1, int)  # total size beyond one option per order
             share = np.ones(1)
@@ -208,7 +210,7 @@ class HedgingEnv(MarketEnv):
         self._close_episode()
 
     def _check_settings(self) -> None:
-        settings, num_steps = self.settings, self.settings["num_steps"]
+        settings = self.settings
         for name in ("num_envs", "num_steps", "mean_order_size"):
             if not 1 <= settings[name] < float("inf"):
                 raise ValueError(f"{name} is {settings[name]} (at least 1)")
@@ -219,6 +221,7 @@ class HedgingEnv(MarketEnv):
             raise ValueError(f"spot is {settings['spot']} (positive)")
         if not abs(settings["initial_position"]) < float("inf"):
             raise ValueError(f"initial_position is {settings['initial_position']} (a finite number)")
+        num_steps = settings["num_steps"]
         for strike, expiry, _ in self.options:
             if not 0 < strike < float("inf"):
                 raise ValueError(f"strike is {strike} (positive)")
@@ -261,6 +264,7 @@ class HedgingEnv(MarketEnv):
         """
 
         def path(values: Callable[[HedgingEnv], Tensor], unit: float = 1.0) -> Part:
+            """A column from values (num_steps + 1, n) that actions do not change."""
             return Part(1, lambda env: values(env)[..., None], unit, over_time=True)
 
         book = self.book_scale
@@ -286,7 +290,9 @@ class HedgingEnv(MarketEnv):
         The same seed gives the same market, whatever the policy; row i does not depend on `num_envs`.
         """
         self._seed(seed, options)
-        n, steps, per_step = self.num_envs, self.num_steps, self.dynamics.noise_size
+        n = self.num_envs
+        steps = self.num_steps
+        per_step = self.dynamics.noise_size
         split = steps * per_step
         has_orders = self.order_law.rate > 0
         size = split + (2 * steps * self.num_options if has_orders else 0)
@@ -344,7 +350,8 @@ class HedgingEnv(MarketEnv):
 
     def _set_features(self) -> None:
         """What is observed and takes more than a division."""
-        dt, next_steps = self.dynamics.dt, self.steps_to_next_expiry[:, None]
+        dt = self.dynamics.dt
+        next_steps = self.steps_to_next_expiry[:, None]
         remaining_sd = (self.dynamics.expected_average_variance(self.variance, next_steps) * next_steps * dt).sqrt()
         log_moneyness = black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.middle_strike))
         self.moneyness = log_moneyness / remaining_sd

@@ -17,9 +17,9 @@ from envs.market.units import TRADING_DAYS
 class Historical(Dynamics):
     """Windows of real closes, for out-of-sample evaluation; variance filtered by a GARCH model fitted elsewhere.
 
-    Path i is the window that starts at close i (modulo the number of windows): the noise is ignored. The
-    simple returns of the period are divided by their mean growth, so that no drift is earned; each window is rescaled
-    to the initial spot. The variance of day t uses returns before t only.
+    Path i is the window that starts at close i (modulo the number of windows): the noise is ignored. The simple returns
+    of the period are divided by their mean growth, so that no drift is earned. Each window is rescaled to the initial
+    spot. The variance of day t uses returns before t only.
 
     Args:
         closes: (n,) consecutive daily closes of the evaluation period.
@@ -38,7 +38,8 @@ class Historical(Dynamics):
         self.dates = dates
         growth = closes[1:] / closes[:-1]
         self.log_returns = torch.from_numpy(np.log(growth / growth.mean()))
-        # Fitted with zero mean, so the shock is the log-return as it is: the mean of the period is not known in it.
+        # The model was fitted with zero mean, so the shock is the whole log-return; the filter must not know the
+        # period's mean.
         before = np.zeros(0) if warm_up is None else np.diff(np.log(warm_up))
         shocks = torch.from_numpy(np.concatenate([before, np.log(growth)]))
         variances = [torch.tensor(garch.initial_variance, dtype=torch.float64)]
@@ -91,7 +92,8 @@ def load_closes(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         return frame.index.values.astype("datetime64[D]"), frame["Adj Close"].to_numpy(dtype=np.float64)
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    dates, closes = [], []
+    dates = []
+    closes = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -139,9 +141,8 @@ def fit_garch(closes: np.ndarray) -> GARCH:
     returns = 100.0 * np.diff(np.log(closes))
     if returns.std() == 0:
         raise ValueError("all closes are equal: garch cannot be fitted")
-    fit = arch_model(returns, mean="Zero", vol="GARCH", p=1, o=1, q=1, rescale=False).fit(
-        disp="off", show_warning=False
-    )
+    model = arch_model(returns, mean="Zero", vol="GARCH", p=1, o=1, q=1, rescale=False)
+    fit = model.fit(disp="off", show_warning=False)
     if fit.convergence_flag != 0:
         raise ValueError(f"garch does not fit these closes (the optimiser stopped with code {fit.convergence_flag})")
     p = fit.params

@@ -165,7 +165,8 @@ class QuotingEnv(MarketEnv):
                 raise ValueError(f"{name} is {settings[name]} (0 or more)")
         if not abs(settings["reference_edge"]) < float("inf"):
             raise ValueError(f"reference_edge is {settings['reference_edge']} (a finite number)")
-        expiry, num_steps = settings["expiry"], settings["num_steps"]
+        expiry = settings["expiry"]
+        num_steps = settings["num_steps"]
         if not (num_steps <= expiry < float("inf") and expiry == int(expiry)):
             raise ValueError(f"expiry is {expiry} (whole steps, at least num_steps = {num_steps})")
         moneyness = settings["moneyness"]
@@ -199,6 +200,7 @@ class QuotingEnv(MarketEnv):
         """
 
         def path(values: Callable[[QuotingEnv], Tensor]) -> Part:
+            """A column from values (num_steps + 1, n) that actions do not change, the same for all makers."""
             return Part(1, lambda env: values(env)[..., None, None], over_time=True)
 
         rivals = self.num_makers - 1
@@ -243,7 +245,9 @@ class QuotingEnv(MarketEnv):
         if not (copies >= 1 and self.num_envs % copies == 0):
             raise ValueError(f"copies is {copies} (at least 1, must divide num_envs = {self.num_envs})")
         self._seed(seed, options)
-        n, steps, per_step = self.num_envs // copies, self.num_steps, self.dynamics.noise_size
+        n = self.num_envs // copies
+        steps = self.num_steps
+        per_step = self.dynamics.noise_size
         noise = draw_noise(n, self.noise_size, self.generator, self.dtype)
         sizes = (steps * per_step, steps, noise.shape[1] - steps * (per_step + 1))
         of_underlying, of_flow, of_takers = noise.split(sizes, 1)
@@ -312,7 +316,8 @@ class QuotingEnv(MarketEnv):
 
     def _set_moments(self) -> None:
         """Moments of each step's spot and variance, for the vega risk and for `_surprise`."""
-        dynamics, steps_left = self.dynamics, self.steps_left[:, None]
+        dynamics = self.dynamics
+        steps_left = self.steps_left[:, None]
         # ∂mark/∂v = 100 · vega · ∂σ/∂v, the same ∂σ/∂v for all options
         self.volatility_slope = volatility_slope(dynamics, self.volatility, steps_left)
         mean, self.next_variance_variance = dynamics.next_variance_moments(self.variance)
@@ -362,8 +367,9 @@ class QuotingEnv(MarketEnv):
     def to_edges(self, actions: Tensor) -> Tensor:
         """Actions (…, 4) → edges of the ask and of the bid (…, 2), vol points."""
         action = self.by_name(actions)
-        half_spread, skew = action["half_spread"], action["skew"]
-        return torch.stack((half_spread + skew, half_spread - skew), -1)
+        ask = action["half_spread"] + action["skew"]
+        bid = action["half_spread"] - action["skew"]
+        return torch.stack((ask, bid), -1)
 
     def choice_probabilities(self, edges: Tensor) -> Tensor:
         """P(a taker picks each maker): edges (n, num_makers, 2) in vol points → the same shape; the rest walk away."""
@@ -565,7 +571,8 @@ class AgainstRivals(VectorEnv):
     def standing_still(self, num_envs: int, variance: Tensor | float | None = None) -> Self:
         """The same market with constant spot, constant variance (n,) and no takers, in which to look at policies."""
         still = self.like(num_envs)
-        market, steps = still.env, self.num_steps
+        market = still.env
+        steps = self.num_steps
         tensor = {"device": self.device, "dtype": market.dtype}
         variance = torch.as_tensor(market.dynamics.initial_variance if variance is None else variance, **tensor)
         intensity = torch.full((num_envs, steps, 2), market.arrival_rate, **tensor)

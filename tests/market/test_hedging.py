@@ -1,12 +1,13 @@
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, book_env
-from gymnasium.utils.env_checker import check_env
+from common import MODELS, book_env
 from scipy.stats import kstest
 
-from envs import HedgingEnv, HedgingGymEnv, baselines, benchmark, black_scholes, dynamics, hedging
+from envs import HedgingEnv
+from envs.baselines import hedgers
+from envs.benchmark import contest
+from envs.market import black_scholes, dynamics, hedging
 
 F64 = torch.float64
 
@@ -178,7 +179,7 @@ def test_free_trading_loses_nothing_on_average_and_fine_hedging_replicates():
     for per_day in (1, 4, 16):
         fine = HedgingEnv(8_000, dynamics.GBM(dt=1 / 252 / per_day), 30 * per_day, cost_rate=0.0, dtype=F64)
         fine.reset(seed=0)
-        spread.append(benchmark.play(fine, baselines.black_scholes_delta(fine))["pnl"].std())
+        spread.append(contest.play(fine, hedgers.black_scholes_delta(fine))["pnl"].std())
     assert spread[0] / spread[1] == pytest.approx(2, rel=0.05)
     assert spread[1] / spread[2] == pytest.approx(2, rel=0.05)
 
@@ -341,11 +342,11 @@ def test_orders_do_not_depend_on_the_policy_nor_the_number_of_rows():
 def test_every_policy_earns_the_same_spread():
     env = book_env(100)
     env.reset(seed=0)
-    pnl = benchmark.play(env, baselines.black_scholes_delta(env))["pnl"]
+    pnl = contest.play(env, hedgers.black_scholes_delta(env))["pnl"]
     without = book_env(100, client_spread=0.0)
     without.reset(seed=0)
     earned = 0.05 * env.order_size.sum((0, 2, 3))
-    free = benchmark.play(without, baselines.black_scholes_delta(without))["pnl"]
+    free = contest.play(without, hedgers.black_scholes_delta(without))["pnl"]
     np.testing.assert_allclose(pnl - free, earned, atol=1e-4)
 
 
@@ -366,39 +367,9 @@ def test_observation_of_a_book_is_well_scaled():
     for rate, size in ((0.02, 1.0), (0.1, 2.0), (2.0, 10.0)):
         env = book_env(1000, arrival_rate=rate, mean_order_size=size)
         env.reset(seed=0)
-        policy = baselines.black_scholes_delta(env)
+        policy = hedgers.black_scholes_delta(env)
         for _ in range(30):
             observation, *_ = env.step(policy(env.observe()))
             assert observation[:, 4:].abs().max() < 10
             assert observation.isfinite().all()
         assert env.position_features[-2].std() > 0.3
-
-
-@pytest.mark.parametrize("settings", [{}, {"options": [(95.0, 3, False), (100.0, 5)], "arrival_rate": 0.5}])
-def test_registered_environment(settings):
-    env = gym.make("OptionHedging-v0", num_steps=5, **settings)
-    check_env(env.unwrapped, skip_render_check=True)
-
-
-def test_single_environment_is_a_row_of_the_batched_one():
-    vector = gym.make_vec("OptionHedging-v0", num_envs=8, vectorization_mode="vector_entry_point")
-    single = HedgingGymEnv()
-    observation, _ = single.reset(seed=3)
-    batched, _ = vector.reset(seed=3)
-    np.testing.assert_array_equal(observation, batched[0].numpy())
-    for _ in range(30):
-        observation, reward, terminated, _, _ = single.step(np.array([0.01, 0.02], np.float32))
-        batched, rewards, *_ = vector.step(torch.tensor([[0.01, 0.02]] * 8))
-        np.testing.assert_allclose(observation, batched[0].numpy(), rtol=1e-5, atol=1e-6)
-        assert reward == pytest.approx(rewards[0].item(), abs=1e-5)
-    assert terminated
-
-
-def test_trains_in_stable_baselines3():
-    sb3 = pytest.importorskip("stable_baselines3")
-    model = sb3.PPO("MlpPolicy", gym.make("OptionHedging-v0"), n_steps=60, batch_size=60, device="cpu", seed=0)
-    model.learn(240)
-    env = gym.make("OptionHedging-v0")
-    observation, _ = env.reset(seed=0)
-    action, _ = model.predict(observation, deterministic=True)
-    assert env.action_space.contains(action)

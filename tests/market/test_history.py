@@ -20,7 +20,6 @@ def test_garch_fit_to_the_sp500():
     assert figures == pytest.approx((0.020746, 0.0, 0.182566, 0.892038), abs=2e-4)
 
 
-
 def test_historical_windows():
     model = make_model(PHASES["phase1"].args(dynamics="historical", history_end="2010-12-31"))
     dates, closes = load_closes()
@@ -39,7 +38,6 @@ def test_historical_windows():
     shorter = Historical(closes[start - 1 : start + 100], model.garch, closes[:start])
     torch.testing.assert_close(shorter.variances[:100], model.variances[:100], rtol=1e-12, atol=0)
     assert variance[0, 0] == model.variances[0]
-
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@
 
 import re
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS
-from gymnasium.utils.env_checker import check_env
+from common import MODELS
 from scipy.stats import kstest, poisson
 
-from envs import AgainstRivals, QuotingEnv, QuotingGymEnv, baselines, black_scholes, dynamics, quoting
+from envs import AgainstRivals, QuotingEnv
+from envs.baselines import makers
+from envs.market import black_scholes, dynamics, quoting
 
 F64 = torch.float64
 
@@ -199,7 +199,7 @@ def test_two_policies_meet_the_same_takers():
 def test_swapping_policies_swaps_results_path_by_path(num_makers):
     env = make(64, num_makers=num_makers, dtype=F64)
     policies = [
-        baselines.avellaneda_stoikov(env, 0.2, 1.0), baselines.glft(env, 1.5, 0.8), baselines.constant_spread(env, 1.1),
+        makers.avellaneda_stoikov(env, 0.2, 1.0), makers.glft(env, 1.5, 0.8), makers.constant_spread(env, 1.1),
     ][:num_makers]  # fmt: skip
 
     def play(order):
@@ -231,8 +231,8 @@ def test_seats_are_alike_in_distribution_when_all_quote_the_same():
 def test_the_noise_has_mean_zero_whatever_is_held_and_explains_most_of_the_variance(name):
     env = make(20_000, MODELS[name])
     env.reset(seed=2)
-    rival = baselines.glft(env, 1.5, 0.8)
-    own = baselines.minimum_variance_band(env, rival, 0.2)
+    rival = makers.glft(env, 1.5, 0.8)
+    own = makers.minimum_variance_band(env, rival, 0.2)
 
     def play(*policies):
         observation, _ = env.replay()
@@ -316,8 +316,8 @@ def test_the_order_of_a_step_is_quote_fills_hedge_move():
 
 def test_against_rivals_is_the_market_from_one_seat():
     market = make(32, num_makers=3)
-    rivals = [baselines.avellaneda_stoikov(market, 0.2, 1.0), baselines.constant_spread(market, 1.0)]
-    own = baselines.glft(market, 1.5, 0.8)
+    rivals = [makers.avellaneda_stoikov(market, 0.2, 1.0), makers.constant_spread(market, 1.0)]
+    own = makers.glft(market, 1.5, 0.8)
     for seat in range(3):
         env = AgainstRivals(market, rivals, seat)
         observation, _ = env.reset(seed=0)
@@ -336,7 +336,7 @@ def test_against_rivals_is_the_market_from_one_seat():
 
 def test_a_market_that_stands_still():
     market = make(4)
-    env = AgainstRivals(market, [baselines.avellaneda_stoikov(market, 0.2, 1.0)])
+    env = AgainstRivals(market, [makers.avellaneda_stoikov(market, 0.2, 1.0)])
     still = env.standing_still(3, torch.tensor([0.02, 0.04, 0.08]))
     state = market.decode(still.observe_at(6, torch.tensor([-1.0, 0.0, 1.0])))
     torch.testing.assert_close(state.vega, torch.tensor([-1.0, 0.0, 1.0]))
@@ -389,30 +389,9 @@ def test_bad_actions():
         env.step(actions[:, 0])
     assert env.t == 0  # nothing happened
     with pytest.raises(ValueError, match="1 rivals"):
-        AgainstRivals(make(4, num_makers=3), [baselines.constant_spread(env, 1.0)])
+        AgainstRivals(make(4, num_makers=3), [makers.constant_spread(env, 1.0)])
     with pytest.raises(RuntimeError, match="call reset"):
         make(4).step(actions)
-
-
-def test_gymnasium_checks_the_environment_and_stable_baselines_trains_in_it():
-    from stable_baselines3 import PPO
-
-    check_env(gym.make("OptionQuoting-v0").unwrapped, skip_render_check=True)
-    env = gym.make("OptionQuoting-v0", num_steps=8, expiry=16)
-    PPO("MlpPolicy", env, n_steps=16, batch_size=8, n_epochs=1, device="cpu").learn(32)
-
-
-def test_the_single_environment_is_the_batch_of_one():
-    single, batch = QuotingGymEnv(num_steps=6, expiry=12), make(1, num_steps=6, expiry=12)
-    env = AgainstRivals(batch, [baselines.avellaneda_stoikov(batch, 0.23, 0.8)])
-    one, _ = single.reset(seed=4)
-    two, _ = env.reset(seed=4)
-    action = np.array([0.9, 0.1, 0.0, 0.2], np.float32)
-    for _ in range(6):
-        assert np.allclose(one, two[0].numpy())
-        one, reward, *_ = single.step(action)
-        two, rewards, *_ = env.step(torch.from_numpy(action)[None])
-        assert reward == pytest.approx(rewards.item())
 
 
 def test_default_market_is_model_b():

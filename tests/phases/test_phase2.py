@@ -12,7 +12,7 @@ from envs.baselines import hedgers
 from envs.benchmark import contest, report
 from envs.benchmark.hedging import BLACK_SCHOLES
 from envs.figures.hedging import cost_trend
-from envs.market import dynamics, hedging
+from envs.market import dynamics
 from envs.run.files import read_metrics
 
 PHASE = PHASES["phase2"]
@@ -116,7 +116,7 @@ def test_loss_is_sac():
     generator = torch.Generator().manual_seed(0)
     rewards, dones = torch.randn(64, generator=generator), (torch.rand(64, generator=generator) < 0.3).float()
     noise = torch.randn(2, 64, 2, generator=generator)
-    batch = (observation, after[:, hedging.NET_DELTA], rewards, next_observation, dones)
+    batch = (observation, env.column(after, "net delta"), rewards, next_observation, dones)
     loss, parts = phase2.sac_loss(agent, env, batch, noise, args)
     alpha = np.exp(-2.0)
 
@@ -191,7 +191,7 @@ def test_some_environments_always_act_at_random(share):
     buffer = phase2.ReplayBuffer(32 * 30, env.single_observation_space.shape[0])
     phase2.rollout(env, agent, buffer, args, torch.Generator().manual_seed(0), explore=False)
     after, _ = env.after_trade(buffer.observations, agent.policy(buffer.observations))
-    as_policy = ((buffer.net_deltas - after[:, hedging.NET_DELTA]).abs() < 0.01).view(30, 32).all(0)
+    as_policy = ((buffer.net_deltas - env.column(after, "net delta")).abs() < 0.01).view(30, 32).all(0)
     assert as_policy.tolist() == [i >= share * 32 for i in range(32)]
 
 
@@ -229,7 +229,7 @@ def test_the_band_does_not_depend_on_what_is_held():
     agent.average_actor[-1].weight.data.normal_()
     observation, _ = env.reset(seed=0)
     moved = observation.clone()
-    moved[:, hedging.NET_DELTA] += 0.3
+    moved[:, env.columns["net delta"]] += 0.3
     assert torch.equal(agent.policy(observation), agent.policy(moved))
     assert not torch.equal(agent.critic(agent.normalise(observation)), agent.critic(agent.normalise(moved)))
 

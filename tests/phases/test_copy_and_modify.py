@@ -1,0 +1,85 @@
+"""The user's way of working: copy a script, change lines, run it; nothing but envs/ is needed beside it."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from common import PHASES, ROOT
+
+
+@pytest.fixture
+def copied(tmp_path, script):
+    """copied(phase, edits) → the run folder of a small run of the script's copy with these edits (old → new)."""
+
+    def run(phase, edits: dict[str, str]):
+        shutil.copytree(ROOT / "envs", tmp_path / "copy" / "envs")
+        source = (ROOT / phase.script).read_text()
+        for old, new in edits.items():
+            assert old in source, old
+            source = source.replace(old, new)
+        (tmp_path / "copy" / "my_idea.py").write_text(source)
+        result = script("my_idea.py", *phase.flags(), root=tmp_path / "copy")
+        assert result.returncode in (0, 1), result.stderr
+        (folder,) = tmp_path.glob("runs/*my_idea*")
+        assert (folder / "benchmark.json").exists(), result.stderr
+        return folder
+
+    return run
+
+
+def test_another_network(copied, phase):
+    source = (ROOT / phase.script).read_text()
+    layers = set(re.findall(r"nn\.(?:Tanh|ReLU)\((?:True)?\)", source))
+    changed = {"gae_lambda: float = ": "gae_lambda: float = 0.9 * "} if "gae_lambda: float = " in source else {}
+    folder = copied(phase, {**dict.fromkeys(layers, "nn.SiLU()"), **changed})
+    if changed:
+        default = phase.module.Args().gae_lambda
+        assert json.loads((folder / "args.json").read_text())["gae_lambda"] == pytest.approx(0.9 * default)
+
+
+# A market whose makers also choose a premium on the ask alone, and see the spot's last move
+MY_MARKET = '''
+class MyMarket(QuotingEnv):
+    def action_bounds(self):
+        return {**super().action_bounds(), "premium": (-1.0, 1.0)}
+
+    def observation_parts(self):
+        last_move = Part(1, lambda env: (env.spot[env.t] / env.spot[max(env.t - 1, 0)] - 1.0)[:, None, None])
+        return {"last move": last_move, **super().observation_parts()}
+
+    def to_edges(self, actions):
+        premium = self.by_name(actions)["premium"]
+        return super().to_edges(actions) + torch.stack((premium, torch.zeros_like(premium)), -1)
+
+
+def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:
+    return MyMarket('''
+
+
+@pytest.mark.parametrize("phase", ["phase3", "phase4"], indirect=True)
+def test_a_fifth_action_another_observation_and_a_wider_network_take_three_edits(copied, phase):
+    header = "def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:\n"
+    folder = copied(
+        phase,
+        {
+            f"{header}    return QuotingEnv(": "from envs.market.env import Part\n" + MY_MARKET,
+            "            band * raw[:, 3].exp(),\n": "            band * raw[:, 3].exp(),\n            0.2 * raw[:, 4],\n",
+            "HIDDEN = 64": "HIDDEN = 96",
+        },
+    )
+    agent = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
+    usual = (
+        PHASES[phase.name]
+        .module.Agent(PHASES[phase.name].module.make_market(phase.args(), None, 1, torch.device("cpu")))
+        .state_dict()
+    )
+    assert len(agent["actor_logstd"]) == 1 + len(usual["actor_logstd"]) == 5
+    assert len(agent["observation_mean"]) == 1 + len(usual["observation_mean"])
+    assert agent["actor_mean.0.weight"].shape == (96, len(agent["observation_mean"]))
+    assert agent["actor_mean.4.weight"].shape == (5, 96)
+    row = json.loads((folder / "benchmark.json").read_text())["rows"]
+    assert set(row) >= phase.named  # the classical makers play beside it
+    columns = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert "losses/action_std_4" in columns
