@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 
 from envs.benchmark.calibration import Validation, bermudan_benchmark, smile_benchmark
-from envs.calibration import quotes
 from envs.calibration.game import (
     ACTION_MAPS,
     EXERCISE_DAY,
@@ -35,6 +34,7 @@ from envs.calibration.regression import REGRESSIONS
 from envs.figures.calibration import bermudan_report, calibration_report
 from envs.market import smiles
 from envs.market.units import TRADING_DAYS
+from envs.models import SmileArgs, make_surface
 from envs.run.args import RunArgs, check_choice, check_range
 from envs.run.errors import UsageError, check
 from envs.run.files import check_memory, peak_memory, read_metrics
@@ -57,7 +57,7 @@ PRESETS = {
 
 
 @dataclass
-class Args(RunArgs):
+class Args(SmileArgs, RunArgs):
     """Phase 0: calibrate a diffusion to an option smile by multi-agent RL (MARLVol), then benchmark the fit.
 
     Thousands of trajectories are players who share one policy for their volatilities and one reward, the error of the
@@ -94,21 +94,12 @@ class Args(RunArgs):
     preset: str = "default"
     """default, or paper: the paper's settings where they differ from ours; other flags still change them"""
 
-    # The target
+    # The game
     task: str = "local-vol"
     """local-vol: fit all strikes and maturities; bermudan: the cheapest Bermudan with the vanillas on the market"""
-    smile: str = "sp500-2018"
-    """sp500-2018, sp500-2018-slices, sp500-2024, or a CSV: maturity (years), strike, implied_volatility (decimal)"""
-    smile_spot: float = 1.0
-    """spot (or forward) that the strikes of a CSV belong to"""
-    allow_arbitrage: bool = False
-    """calibrate to a CSV with static arbitrage all the same"""
-    num_steps: int | None = None
-    """trading days to the last maturity that is fitted; by default 51, or as many as the smile has"""
     vega_weights: bool = False
     """weight the errors of implied volatilities by vega, instead of equally"""
 
-    # The game
     state: str | None = None
     """local: (t, S), the default; non-path-dependent: the last volatility too; path-dependent: both at t1 too, the
     default of bermudan"""
@@ -192,26 +183,16 @@ class Args(RunArgs):
         check_choice(self, "reference", REFERENCES)
         check_choice(self, "regression", REGRESSIONS)
         super().check()
-        self.check_target()
-        if self.trains:
-            self.check_training()
-        else:
-            check(self.beside is None, "--beside is for the figure of a training, not for --evaluate")
-
-    def check_target(self) -> None:
-        """Raises UsageError for the first flag of the target or the benchmark that cannot work."""
-        check_range(self, 0, math.inf, "smile_spot", open_low=True)
-        if self.num_steps is not None:
-            check_range(self, FIRST_JUDGED + 1, 504, "num_steps")
         check_range(self, 1000, 2**24, "eval_paths")
-        own = self.smile not in smiles.SURFACES
-        check(own or self.smile_spot == 1.0, "--smile-spot is for a --smile from a CSV")
-        check(own or not self.allow_arbitrage, "--allow-arbitrage is for a --smile from a CSV")
         if self.beside is not None:
             check(self.task == "bermudan", "--beside is for --task bermudan")
             curve = read_metrics(Path(self.beside) / "metrics.csv")
             drawn = curve and "charts/bermudan_price" in curve[0]
             check(drawn, f"--beside is {self.beside} (the folder of a run with --task bermudan)")
+        if self.trains:
+            self.check_training()
+        else:
+            check(self.beside is None, "--beside is for the figure of a training, not for --evaluate")
 
     def check_training(self) -> None:
         """Raises UsageError for the first flag of game or algorithm that cannot work."""
@@ -236,24 +217,9 @@ class Args(RunArgs):
         check_range(self, 0, math.inf, "vf_coef")
 
 
-def make_surface(args: Args) -> tuple[smiles.Surface, list[quotes.Fit]]:
-    """The smile that the flags name, or fitted to a CSV, and how well; data errors become usage errors."""
-    if args.smile in smiles.SURFACES:
-        return smiles.SURFACES[args.smile], []
-    names = ", ".join(smiles.SURFACES)
-    check(Path(args.smile).is_file(), f"--smile is {args.smile!r} (one of {names}, or a CSV file)")
-    try:
-        return quotes.load(args.smile, args.smile_spot, args.allow_arbitrage)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> CalibrationGame:
     """The game to train in: the runs that explore, and one that follows the mean policy."""
-    last = last_day(surface)
-    shortest = FIRST_JUDGED + 1
-    check(last >= shortest, f"--smile is {args.smile}, which ends after {last} days (at least {shortest})")
-    num_steps = args.num_steps or min(51, last)
+    num_steps = args.num_steps or min(51, last_day(surface))
     if args.evaluate is None:  # paths, volatilities, shocks, and what is made of them on the way
         num_bytes = 4 * 4 * num_steps * args.num_players * (args.num_runs + 1)
         check_memory(num_bytes, device, f"--num-players {args.num_players} --num-runs {args.num_runs}")

@@ -632,18 +632,6 @@ def benchmark(
     )
 
 
-def load_snapshots(run: Run, agent: Agent) -> dict[str, Tensor]:
-    """The snapshots in the checkpoint that is evaluated."""
-    source = run.args.evaluate
-    length = len(to_vector(agent))
-    snapshots = run.checkpoint.get("snapshots")
-    check(isinstance(snapshots, dict), f"{source}: does not fit this script, it has no snapshots")
-    for name, snapshot in snapshots.items():
-        fits = isinstance(snapshot, Tensor) and snapshot.shape == (length,)
-        check(fits, f"{source}: snapshot {name!r} does not fit this market, it is not of {length} numbers")
-    return snapshots
-
-
 def load_guests(run: Run, market: QuotingEnv) -> dict[str, Tensor]:
     """Snapshots of the agents of other runs, by the names of their folders; a checkpoint has its own guests."""
     if run.checkpoint is not None and run.args.guests == run.trained.guests:
@@ -672,7 +660,7 @@ def main(argv) -> bool:
     check_memory(8 * kept * len(to_vector(agent)), run.device, f"{kept} past selves (--lag, --pool-size)")
     if args.evaluate is not None:
         run.load(agent)
-        snapshots = load_snapshots(run, agent)
+        snapshots = run.load_vectors("snapshots", len(to_vector(agent)))
         check_unseen(args, run.trained)
     guests = load_guests(run, market)
     run.begin(args.dynamics, f"{args.dynamics} on {run.device}; edges in vol points, vega per vol point, S = 100")

@@ -1,12 +1,16 @@
-"""The market that the flags describe: the model of the underlying, and the flags that phases 3 and 4 share."""
+"""The market that the flags describe: the model of the underlying, the market of makers, the smile."""
 
 import math
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 
+from envs.calibration import quotes
+from envs.calibration.game import FIRST_JUDGED, last_day
 from envs.calibration.marlvol import Marlvol
+from envs.market import smiles
 from envs.market.dynamics import GARCH, GBM, Dynamics, Heston, Merton
 from envs.market.history import Historical, fit_garch, load_closes
 from envs.market.units import TRADING_DAYS
@@ -113,6 +117,51 @@ class QuotingArgs(HestonArgs):
         check_range(self, 0, 1e6, "choice_sensitivity", open_low=True)
         check_range(self, 0, 0.5, "cost_rate")
         check_range(self, 0, 1e3, "risk_aversion")
+
+
+@dataclass
+class SmileArgs:
+    """Flags of the option smile that phase 0 calibrates to."""
+
+    smile: str = "sp500-2018"
+    """sp500-2018, sp500-2018-slices, sp500-2024, or a CSV: maturity (years), strike, implied_volatility (decimal)"""
+    smile_spot: float = 1.0
+    """spot (or forward) that the strikes of a CSV belong to"""
+    allow_arbitrage: bool = False
+    """calibrate to a CSV with static arbitrage all the same"""
+    num_steps: int | None = None
+    """trading days to the last maturity that is fitted; by default 51, or as many as the smile has"""
+
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work."""
+        super().check()
+        check_range(self, 0, math.inf, "smile_spot", open_low=True)
+        if self.num_steps is not None:
+            check_range(self, FIRST_JUDGED + 1, 504, "num_steps")
+        own = self.smile not in smiles.SURFACES
+        check(own or self.smile_spot == 1.0, "--smile-spot is for a --smile from a CSV")
+        check(own or not self.allow_arbitrage, "--allow-arbitrage is for a --smile from a CSV")
+
+
+def make_surface(args: SmileArgs) -> tuple[smiles.Surface, list[quotes.Fit]]:
+    """The smile that the flags name, or one fitted to a CSV, and how well it fits.
+
+    Raises:
+        UsageError: unusable data.
+    """
+    fits = []
+    surface = smiles.SURFACES.get(args.smile)
+    if surface is None:
+        names = ", ".join(smiles.SURFACES)
+        check(Path(args.smile).is_file(), f"--smile is {args.smile!r} (one of {names}, or a CSV file)")
+        try:
+            surface, fits = quotes.load(args.smile, args.smile_spot, args.allow_arbitrage)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    last = last_day(surface)
+    shortest = FIRST_JUDGED + 1
+    check(last >= shortest, f"--smile is {args.smile}, which ends after {last} days (at least {shortest})")
+    return surface, fits
 
 
 def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS, lifetime: int = 1) -> Dynamics:

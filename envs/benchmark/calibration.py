@@ -231,8 +231,22 @@ def judge_bermudan(
         advantage_title="its switch value − agent's [95 %]",
     )
     result.shares["switch value, of local volatility's"] = share
-    ours, theirs = rows["agent"], rows[DUPIRE]
+    _require_switch_value(result, game, learnt)
+    ours = rows["agent"]
+    bar = BERMUDAN["vanilla RMSE"]
+    result.require(f"vanilla RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
+    above = ours["price"] - ours["floor"]
+    result.require("not below the European floor", above >= 0, f"{above:+.3f} bp")
+    _require_paths(result)
+    return result
+
+
+def _require_switch_value(result: Benchmark, game: CalibrationGame, learnt: Dependence) -> None:
+    """Adds the criteria of the switch value, see `judge_bermudan`."""
+    ours, theirs = result.rows["agent"], result.rows[DUPIRE]
     if game.state_kind == "path-dependent":
+        on_t1, on_now = learnt.slopes
+        (share,) = result.shares.values()
         bar = BERMUDAN["switch value"]
         upper = max(share.high, ours["switch_value_in_sample"] / theirs["switch_value"])
         name = f"switch value at most {100 * bar:g} % of local volatility's"
@@ -243,12 +257,6 @@ def judge_bermudan(
         bar = BERMUDAN["switch value off"]
         off = ours["switch_value"] - theirs["switch_value"]
         result.require(f"switch value is local volatility's, within {bar}", abs(off) <= bar, f"{off:+.3f}")
-    bar = BERMUDAN["vanilla RMSE"]
-    result.require(f"vanilla RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
-    above = ours["price"] - ours["floor"]
-    result.require("not below the European floor", above >= 0, f"{above:+.3f} bp")
-    _require_paths(result)
-    return result
 
 
 def _require_paths(result: Benchmark) -> None:

@@ -22,8 +22,8 @@ class Part(NamedTuple):
         width: number of columns.
         values: environment → current values, (num_envs, width) or (num_envs, num_makers, width), or what broadcasts.
         unit: natural units of 1 in the observation, a number or (width,).
-        over_time: the actions do not change this part. Then, for speed, `values` is called once, when the market is set,
-            and gives all times, (num_steps + 1, …, width).
+        over_time: actions do not change this part. Then `values` is called once, for speed, when the market is set, and
+            gives all times, (num_steps + 1, …, width).
     """
 
     width: int

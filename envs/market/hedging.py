@@ -460,10 +460,4 @@ class HedgingEnv(MarketEnv):
         return self.cash + self.holding * self.spot[self.t] + self.book_value[self.t]
 
 
-OBSERVATION_NAMES = tuple(HedgingEnv().columns)[:-1]  # one column each; after them the positions
-NET_DELTA = OBSERVATION_NAMES.index("net delta")
-
-
-def with_net_delta(observation: Tensor, net_delta: Tensor) -> Tensor:
-    """`HedgingEnv.with_net_delta`."""
-    return torch.cat((observation[:, :NET_DELTA], net_delta[:, None], observation[:, NET_DELTA + 1 :]), -1)
+NET_DELTA = HedgingEnv().columns["net delta"].start  # a subclass may have it elsewhere

@@ -508,10 +508,6 @@ class QuotingEnv(MarketEnv):
         return self.cash + self.holding * self.spot[self.t][:, None] + options
 
 
-OBSERVATION_NAMES = tuple(QuotingEnv().columns)[:-2]  # one column each; after them the rivals' quotes and the positions
-VEGA = OBSERVATION_NAMES.index("net vega")
-
-
 def volatility_slope(dynamics: Dynamics, volatility: Tensor, steps_left: Tensor) -> Tensor:
     """∂σ/∂v of the mark's σ, vol points per unit of variance."""
     return dynamics.variance_slope(steps_left) / (2.0 * volatility * VOL_POINT)

@@ -131,6 +131,17 @@ class Run:
         """Gives `agent` the weights of the checkpoint that --evaluate names."""
         load_weights(agent, self.checkpoint["agent"], self.args.evaluate)
 
+    def load_vectors(self, name: str, length: int) -> dict[str, torch.Tensor]:
+        """The vectors of `length` numbers, by name, in an entry of the checkpoint that --evaluate names."""
+        source = self.args.evaluate
+        vectors = self.checkpoint.get(name)
+        check(isinstance(vectors, dict), f"{source}: does not fit this script, it has no {name}")
+        for key, vector in vectors.items():
+            fits = isinstance(vector, torch.Tensor) and vector.shape == (length,)
+            what = f"{source}: {name.removesuffix('s')} {key!r} does not fit this market"
+            check(fits, f"{what}, it is not of {length} numbers")
+        return vectors
+
     def settings(self) -> dict:
         """What the report says of the run."""
         return {"run seed": self.args.seed, "training steps": self.steps}
