@@ -458,6 +458,3 @@ class HedgingEnv(MarketEnv):
     def wealth(self) -> Tensor:
         """(n,) cash + shares + options at their mark, costs paid; once the episode is over, all of it is cash."""
         return self.cash + self.holding * self.spot[self.t] + self.book_value[self.t]
-
-
-NET_DELTA = HedgingEnv().columns["net delta"].start  # a subclass may have it elsewhere

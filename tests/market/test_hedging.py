@@ -159,10 +159,12 @@ def test_after_trade_is_what_step_does(make_env):
     observation, _ = env.reset(seed=0)
     for t, action in enumerate(random_actions(env)):
         after, cost = env.after_trade(observation, action)
-        others = [i for i in range(observation.shape[1]) if i != hedging.NET_DELTA]
+        others = [i for i in range(observation.shape[1]) if i != env.columns["net delta"].start]
         assert torch.equal(after[:, others], observation[:, others])
         observation, _, _, _, info = env.step(action)
-        torch.testing.assert_close(env.book_scale * after[:, hedging.NET_DELTA], info["net_delta"], rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            env.book_scale * env.column(after, "net delta"), info["net_delta"], rtol=0, atol=1e-9
+        )
         if t < env.num_steps - 1:  # then the unwinding comes on top
             torch.testing.assert_close(cost, info["cost"], rtol=1e-9, atol=1e-12)
 

@@ -40,7 +40,7 @@ def test_another_network(copied, phase):
 
 
 # A market whose makers also choose a premium on the ask alone, and see the spot's last move
-MY_MARKET = '''
+MY_MARKET = """
 class MyMarket(QuotingEnv):
     def action_bounds(self):
         return {**super().action_bounds(), "premium": (-1.0, 1.0)}
@@ -55,7 +55,7 @@ class MyMarket(QuotingEnv):
 
 
 def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:
-    return MyMarket('''
+    return MyMarket("""
 
 
 @pytest.mark.parametrize("phase", ["phase3", "phase4"], indirect=True)
