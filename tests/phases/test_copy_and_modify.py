@@ -65,7 +65,7 @@ def test_a_fifth_action_another_observation_and_a_wider_network_take_three_edits
         phase,
         {
             f"{header}    return QuotingEnv(": "from envs.market.env import Part\n" + MY_MARKET,
-            "            band * raw[:, 3].exp(),\n": "            band * raw[:, 3].exp(),\n            0.2 * raw[:, 4],\n",
+            "band * raw[:, 3].exp(),": "band * raw[:, 3].exp(), 0.2 * raw[:, 4],",
             "HIDDEN = 64": "HIDDEN = 96",
         },
     )
