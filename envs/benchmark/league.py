@@ -273,8 +273,8 @@ def require_progress(result: Benchmark, league: CrossPlay, snapshots: Sequence[s
     if not pairs:
         return
     margins = {pair: league.advantage("agent", *pair) for pair in pairs}
-    body = [[old, *(str(margins[old, rival]) for rival in league.names)] for old in snapshots]
-    result.tables["agent − its snapshot, rivals →"] = Table(["snapshot", *league.names], body)
+    body = [[old, *(margins[old, rival].short() for rival in league.names)] for old in snapshots]
+    result.tables["objective, agent − its snapshot, against the column"] = Table(["snapshot", *league.names], body)
     ahead = sum(snapshots_ahead(list(margins.values()), level))
     old, rival = min(pairs, key=lambda pair: margins[pair].mean)
     detail = (

@@ -34,6 +34,10 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
+    def short(self) -> str:
+        """The same for a narrow column: mean ± half the width of the interval."""
+        return f"{self.mean:+.3f} ± {0.5 * (self.high - self.low):.3f}"
+
 
 def estimate(sample: np.ndarray, block: int = 1, seed: int = 0) -> Estimate:
     """Mean of `sample` (n,) with a 95 % confidence interval.
@@ -145,6 +149,13 @@ class Table(NamedTuple):
         )
 
 
+def _in_words(setting) -> str:
+    """A setting for people: 'name value, name value' in place of a dict."""
+    if isinstance(setting, dict):
+        return ", ".join(f"{name} {value:.4g}" for name, value in setting.items())
+    return str(setting)
+
+
 @dataclass
 class Benchmark:
     """Everything that the benchmark found, to be printed and written.
@@ -231,7 +242,7 @@ class Benchmark:
             del content[name]
         passed = None if self.withdrawn else self.passed
         write_json(folder / f"{stem}.json", {"passed": passed, **content})
-        settings = "\n".join(f"- {name}: {value}" for name, value in self.settings.items())
+        settings = "\n".join(f"- {name}: {_in_words(value)}" for name, value in self.settings.items())
         tables = "\n\n".join([self.table(), *(f"## {name}\n\n{table}" for name, table in self.tables.items())])
         verdict = "\n\n".join([*self.remarks, *self.verdict().splitlines()])
         text = f"# {self.title}\n\n{settings}\n\n{tables}\n\n{verdict}\n"

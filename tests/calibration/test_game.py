@@ -1,14 +1,14 @@
-"""The calibration game: simulation, prices, rewards, localisation, the Bermudan, the verdict."""
+"""The calibration game: simulation, prices, rewards, localisation."""
 
 import math
 
 import pytest
 import torch
 
-from envs import calibration, smiles
-from envs.calibration import EXERCISE_DAY, CalibrationGame
+from envs.calibration.game import EXERCISE_DAY, CalibrationGame, judged, play
+from envs.market import smiles
 
-SP500 = smiles.NAMED["sp500-2018"]
+SP500 = smiles.SURFACES["sp500-2018"]
 
 
 def generator(seed=0):
@@ -29,14 +29,14 @@ def constant_actions(game, *values):
 
 def test_constant_volatility_has_its_own_smile():
     game = CalibrationGame(SP500, 2**16)
-    calibration.play(game, CalibrationGame.step_constant, 1)
+    play(game, CalibrationGame.step_constant, 1)
     errors = game.volatility_errors(game.prices(game.log_spots))[0]
     expected = (game.constant_volatility - game.market_volatility) / 0.01
-    assert (calibration.judged(errors) - calibration.judged(expected)).abs().max() < 0.5  # the far wings are noisy
+    assert (judged(errors) - judged(expected)).abs().max() < 0.5  # the far wings are noisy
     middle = (errors - expected)[:, 4:9]
     assert middle.abs().max() < 0.15
     log_ratio = math.log(game.constant_volatility / game.reference_volatility)
-    calibration.play(game, lambda game: game.step(constant_actions(game, log_ratio)), 1)
+    play(game, lambda game: game.step(constant_actions(game, log_ratio)), 1)
     torch.testing.assert_close(game.volatility_errors(game.prices(game.log_spots))[0], errors, atol=1e-3, rtol=0)
 
 
@@ -87,7 +87,7 @@ def test_reference_takes_out_what_the_sample_is_off_by(reference):
     """The reference itself has its expected error exactly; a model like it has far less noise than without."""
     step = CalibrationGame.step_dupire if reference == "local-vol" else CalibrationGame.step_constant
     game = CalibrationGame(SP500, 2000, reference=reference)
-    calibration.play(game, step, 3)
+    play(game, step, 3)
     torch.testing.assert_close(game.errors()[0], game.reference_errors, atol=1e-3, rtol=0)
     if reference == "local-vol":
         near, plain = (
@@ -100,13 +100,13 @@ def test_reference_takes_out_what_the_sample_is_off_by(reference):
             ).std(0)
             for g in (game, game.like(reference="none"))
         )  # fmt: skip
-        assert calibration.judged(near).mean() < 0.15 * calibration.judged(plain).mean()
+        assert judged(near).mean() < 0.15 * judged(plain).mean()
 
 
 def test_difference_rewards_are_the_derivative_of_the_shared_one():
     """Moving one path at one day changes the shared reward by 1/n of the change of its own, to first order."""
     game = CalibrationGame(SP500, 4000)
-    calibration.play(game, CalibrationGame.step_dupire, 2)  # near the market, where first order is enough
+    play(game, CalibrationGame.step_dupire, 2)  # near the market, where first order is enough
 
     def errors():
         return game.volatility_errors(game.prices(game.log_spots))
@@ -125,7 +125,7 @@ def test_difference_rewards_are_the_derivative_of_the_shared_one():
 
 def test_conditional_mean_and_lookup():
     game = CalibrationGame(SP500, 50_000)
-    calibration.play(game, CalibrationGame.step_dupire, 0)
+    play(game, CalibrationGame.step_dupire, 0)
     t, x = 40, game.log_spots[40]
     values = torch.sin(30 * x)
     found = game.grid.lookup(game.grid.conditional_mean(values, t, x), t, x)
@@ -145,74 +145,16 @@ def test_localisation_keeps_the_vanillas_whatever_the_players_do():
     """Even wild, path-dependent volatilities leave the smile where plain local volatility has it (Gyöngy)."""
     game = CalibrationGame(SP500, 2**15, task="bermudan", state="path-dependent", reference="local-vol")
     wild = played(game, lambda g: (20 * (g.state.log_spot_t1 - 0.5 * g.state.log_spot)).clamp(-0.6, 0.6)[..., None], 5)
-    errors = calibration.judged(wild.errors()[0] - wild.reference_errors)
+    errors = judged(wild.errors()[0] - wild.reference_errors)
     assert errors.square().mean().sqrt() < 0.06
     assert wild.log_volatilities[-1].std() > 0.3
     unlocalised = torch.stack([x[0] for x in wild.log_volatilities[:EXERCISE_DAY]])  # plain before t1
     dupire = game.like(reference="none")
-    calibration.play(dupire, CalibrationGame.step_dupire, 5)
+    play(dupire, CalibrationGame.step_dupire, 5)
     torch.testing.assert_close(unlocalised, torch.stack([x[0] for x in dupire.log_volatilities[:EXERCISE_DAY]]))
-
-
-def test_bermudan_of_local_volatility():
-    """reference.md: switch value about 1.3 to 1.4 vol points; the fake cashflows telescope to the option's own."""
-    game = CalibrationGame(SP500, 2**14, task="bermudan", state="path-dependent")
-    assert game.strike_t2 == pytest.approx(1.013996, abs=2e-6)
-    value = calibration.bermudan(game, calibration.sample(game, CalibrationGame.step_dupire, 2**17, 4))
-    assert 1.2 < value.switch_value < 1.45
-    assert value.floor <= value.price <= value.price_in_sample + 2e-5
-    assert value.floor == pytest.approx(0.0106646, rel=0.03)
-    error = calibration.jackknife(value.switch_value, value.without).se
-    assert 0 < error < 0.1
-    calibration.play(game, CalibrationGame.step_dupire, 4)
-    cashflows = game.bermudan_cashflows()
-    assert cashflows.shape == (52, 1, 2**14)
-    assert torch.equal(cashflows[0], cashflows[EXERCISE_DAY])
-    assert cashflows[-1].mean().item() == pytest.approx(game.bermudan_paid().mean().item(), rel=0.01)
-    assert cashflows[-1].mean().item() == pytest.approx(value.price, rel=0.02)
-
-
-def test_regressions():
-    x = torch.randn(2, 5000, generator=generator())
-    cubic = 1 + x - 0.3 * x**3
-    torch.testing.assert_close(calibration.polynomial_regression(x)(cubic), cubic, atol=1e-4, rtol=1e-4)
-    call = x.clamp(min=0)
-    fitted = calibration.knot_regression(x)(call + torch.randn(x.shape, generator=generator(1)))
-    assert (fitted - call).square().mean().sqrt() < 0.12
-    knots = calibration.knots_of(x, 7)
-    basis = calibration.hats(x[0], knots)
-    torch.testing.assert_close(basis.sum(-1), torch.ones(5000, dtype=torch.float64))
-    torch.testing.assert_close(basis @ knots, x[0].double().clamp(knots[0], knots[-1]))
-
-
-def test_jackknife_is_the_usual_error_of_a_mean():
-    sample = torch.randn(12, generator=generator(), dtype=torch.float64)
-    without = (sample.sum() - sample) / 11
-    estimate = calibration.jackknife(sample.mean(), without)
-    assert estimate.se == pytest.approx(float(sample.std() / 12**0.5))
-
-
-def test_judged_smile():
-    game = CalibrationGame(SP500, 100)
-    steps = {
-        calibration.AGENT: CalibrationGame.step_dupire,
-        calibration.DUPIRE: CalibrationGame.step_dupire,
-        calibration.CONSTANT: CalibrationGame.step_constant,
-    }
-    outcome = {
-        name: calibration.calibrate(game, calibration.benchmark_paths(game, step, 120_000))
-        for name, step in steps.items()
-    }
-    result = calibration.judge_smile("smile", {"paths": 120_000}, outcome)
-    assert result.advantages[calibration.DUPIRE].mean == 0
-    assert result.rows[calibration.DUPIRE]["rmse"] < 0.2 < 3 < result.rows[calibration.CONSTANT]["rmse"]
-    failed = {criterion.name for criterion in result.criteria if not criterion.passed}
-    assert "has 1,000,000 paths or more" in failed
-    assert "beats constant volatility" not in failed
-    assert "its RMSE − agent's" in result.table()
 
 
 def test_too_many_days_for_the_smile():
     with pytest.raises(ValueError, match=r"num_steps is 45 \(at least 22, at most 44, the last maturity\)"):
-        CalibrationGame(smiles.NAMED["sp500-2018-slices"], 100, num_steps=45)
-    assert CalibrationGame(smiles.NAMED["sp500-2024"], 100, num_steps=40).days[-1] == 40
+        CalibrationGame(smiles.SURFACES["sp500-2018-slices"], 100, num_steps=45)
+    assert CalibrationGame(smiles.SURFACES["sp500-2024"], 100, num_steps=40).days[-1] == 40

@@ -1,17 +1,19 @@
-"""The calibrated market as a model of the underlying: paths, marks, and every phase in it."""
+"""The calibrated market as a model of the underlying: paths and marks."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import PHASES
 
-from envs import HedgingEnv, baselines, benchmark, calibration, dynamics, makers, marlvol, runs, smiles
-from envs.calibration import NODES, CalibrationGame
+from envs import HedgingEnv
+from envs.baselines import hedgers
+from envs.benchmark.contest import play as play_episodes
+from envs.calibration import marlvol
+from envs.calibration.game import NODES, CalibrationGame, play
+from envs.market import dynamics, smiles
 
-SP500 = smiles.NAMED["sp500-2018"]
+SP500 = smiles.SURFACES["sp500-2018"]
 
 
 def policy_of(game, slope=0.0, own=None):
@@ -120,8 +122,8 @@ def test_marks_are_on_the_smile_and_martingales(per_day, monkeypatch):
         change = (env.mark[t] - env.mark[0]).double()
         assert (change.mean(0).abs() < 4 * change.std(0) / 2**7.5 + 2e-3).all(), t
     # a minimum-variance delta on the smile's slope leaves less than Black–Scholes'
-    policies = {"black_scholes": baselines.black_scholes_delta(env), "smile": baselines.minimum_variance_delta(env)}
-    sd = {name: benchmark.play(env, policy)["pnl"].std() for name, policy in policies.items()}
+    policies = {"black_scholes": hedgers.black_scholes_delta(env), "smile": hedgers.minimum_variance_delta(env)}
+    sd = {name: play_episodes(env, policy)["pnl"].std() for name, policy in policies.items()}
     assert sd["smile"] < 0.95 * sd["black_scholes"]
     state = env.decode(env.replay()[0])
     torch.testing.assert_close(state.volatility, at_start.expand(2**15, -1), atol=1e-5, rtol=0)
@@ -148,66 +150,14 @@ def test_unusable_markets():
         HedgingEnv(4, marlvol.Marlvol(content), num_steps=60)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    content = dupire_market()
-    path = tmp_path / "market.pt"
-    runs.save_checkpoint(path, {"phase": "phase0", "args": {}, "iteration": 1, "agent": {}, "market": content})
-    return path
-
-
-def test_every_phase_trades_in_it(phase, checkpoint, tmp_path, monkeypatch, quick, capsys):
-    """Phase 1 from its training to its evaluation elsewhere; the others' markets, and the strongest classics there."""
-    monkeypatch.chdir(tmp_path)
-    market = {"dynamics": "marlvol", "marlvol_checkpoint": str(checkpoint)}
-    if phase is PHASES["phase1"]:
-        phase.module.main(phase.flags(iterations=4, num_evaluations=1, **market))
-        assert "BENCHMARK" in capsys.readouterr().out
-        (folder,) = (tmp_path / "runs").iterdir()
-        phase.module.main(["--resume", str(folder)])
-        phase.module.main(["--evaluate", str(folder), "--dynamics", "gbm"])
-        return
-    args, device = phase.module.Args(num_steps=30, **market), torch.device("cpu")
-    model = phase.module.make_dynamics(args)
-    if phase is PHASES["phase2"]:
-        env = phase.module.make_env(args, model, 512, device)
-        policy = baselines.constant_band(env, 0.1, baselines.minimum_variance_delta(env))
-    else:
-        env = makers.against(phase.module.make_market(args, model, 512, device), (0.2, 0.8))
-        policy = baselines.minimum_variance_band(env.env, baselines.glft(env.env, 0.2, 0.8), 0.1)
-    env.reset(seed=1)
-    outcome = benchmark.play(env, policy)
-    assert all(np.isfinite(x).all() for x in outcome.values())
-    assert outcome["pnl"].mean() > -2
-
-
-def test_bad_markets_are_refused(phase, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    too_long = ["--num-steps", "60", *(["--expiries", "15", "60"] if phase == PHASES["phase2"] else [])]
-    unfinished = tmp_path / "unfinished.pt"
-    runs.save_checkpoint(unfinished, {"phase": "phase0", "args": {}, "iteration": 1, "agent": {}})
-    market = ["--dynamics", "marlvol", "--marlvol-checkpoint"]
-    for flags, message in (
-        (["--dynamics", "marlvol"], "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0"),
-        (["--marlvol-checkpoint", str(checkpoint)], "--marlvol-checkpoint needs --dynamics marlvol"),
-        ([*market, "nowhere"], "nowhere: no such checkpoint"),
-        ([*market, str(unfinished)], "has not been finished"),
-        ([*market, str(checkpoint), *too_long], f"--num-steps is {too_long[1]} (at most 51 with this"),
-    ):
-        with pytest.raises(runs.UsageError) as refusal:
-            phase.module.main(flags)
-        assert message in str(refusal.value)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_tables_say_what_the_network_says():
     game = CalibrationGame(SP500, 1000)
     policy = policy_of(game, 0.2)
     tables = marlvol.policy_tables(game, policy).detach()
     assert tables.shape == (51, 1, NODES)
-    calibration.play(game, marlvol.policy_step(policy, None), 0)
+    play(game, marlvol.policy_step(policy, None), 0)
     by_network = game.log_spots[-1]
-    calibration.play(game, marlvol.policy_step(policy, tables), 0)
+    play(game, marlvol.policy_step(policy, tables), 0)
     difference = (game.log_spots[-1] - by_network).abs()
     assert difference.quantile(0.99) < 1e-4  # but where a crash has left the grid
 

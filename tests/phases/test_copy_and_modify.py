@@ -20,7 +20,8 @@ def copied(tmp_path, script):
             assert old in source, old
             source = source.replace(old, new)
         (tmp_path / "copy" / "my_idea.py").write_text(source)
-        result = script("my_idea.py", *phase.flags(), root=tmp_path / "copy")
+        few = {} if phase.name == "phase0" else {"eval_episodes": 64}
+        result = script("my_idea.py", *phase.flags(4, num_evaluations=2, **few), root=tmp_path / "copy")
         assert result.returncode in (0, 1), result.stderr
         (folder,) = tmp_path.glob("runs/*my_idea*")
         assert (folder / "benchmark.json").exists(), result.stderr
@@ -29,6 +30,7 @@ def copied(tmp_path, script):
     return run
 
 
+@pytest.mark.parametrize("phase", ["phase0", "phase1", "phase2"], indirect=True)  # 3 and 4 are below
 def test_another_network(copied, phase):
     source = (ROOT / phase.script).read_text()
     layers = set(re.findall(r"nn\.(?:Tanh|ReLU)\((?:True)?\)", source))

@@ -74,7 +74,8 @@ def resumed(request, tmp_path_factory) -> Resumed:
 
 
 def whole_and_resumed(phase: Phase, place: Path) -> Resumed:
-    flags = phase.flags(iterations=24, num_evaluations=8)
+    few = {} if phase.name == "phase0" else {"eval_episodes": 64}
+    flags = phase.flags(iterations=24, num_evaluations=8, **few)
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(phase.module, "classical_makers"):
             patch.setattr(phase.module, "classical_makers", remembered)

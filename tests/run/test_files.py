@@ -1,0 +1,207 @@
+"""Files of a run: metrics, checkpoints, folders."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from envs.run import files
+from envs.run.errors import UsageError
+from envs.run.files import MetricsFile, load_checkpoint, load_weights, read_metrics, save_checkpoint
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"name": "Black–Scholes", "values": [1, 2.5]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Black–Scholes", "values": [1, 2.5]}
+    assert "Black–Scholes" in path.read_text(encoding="utf-8")
+    before = path.read_bytes()
+
+    def interrupted():
+        with files.replacing(path) as temporary:
+            temporary.write_text("half of")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == before
+    with pytest.raises(TypeError):
+        files.write_json(path, {"not in JSON": torch.zeros(1)})
+    assert path.read_bytes() == before
+
+
+# METRICS
+
+
+def test_metrics(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path)
+    assert read_metrics(path) == []
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": 0.5 / step})
+        assert len(path.read_text().splitlines()) == step + 1  # written at once
+    assert read_metrics(path) == [{"step": 1.0, "loss": 0.5}, {"step": 2.0, "loss": 0.25}]
+    assert metrics.rows == 2
+    assert read_metrics(tmp_path / "none.csv") == []
+
+
+def test_new_columns_rewrite_the_file(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path)
+    metrics.write({"step": 1, "loss": 0.5})
+    metrics.write({"step": 2, "gain": 0.1})
+    metrics.write({"gain": 0.2, "step": 3, "loss": 0.4})  # in any order
+    assert path.read_text().splitlines() == ["step,loss,gain", "1,0.5,nan", "2,nan,0.1", "3,0.4,0.2"]
+    assert list(tmp_path.iterdir()) == [path]  # nothing temporary is left
+    assert str(read_metrics(path)[0]) == "{'step': 1.0, 'loss': 0.5, 'gain': nan}"
+
+
+def test_a_resumed_run_drops_the_rows_that_its_checkpoint_has_not_seen(tmp_path):
+    path, uninterrupted = tmp_path / "metrics.csv", tmp_path / "other.csv"
+    rows = [{"step": i, "loss": 1 / (3 + i)} for i in range(4)] + [{"step": 4, "loss": 0.1, "gain": 1e-17}]
+    metrics = MetricsFile(uninterrupted)
+    for row in rows:
+        metrics.write(row)
+    metrics = MetricsFile(path)
+    for row in rows[:4]:
+        metrics.write(row)
+    with open(path, "a") as file:
+        file.write("4,0.")  # killed in the middle of a row
+    resumed = MetricsFile(path, resume_from=2)
+    assert resumed.rows == 2
+    assert len(read_metrics(path)) == 2
+    for row in rows[2:]:
+        resumed.write(row)
+    assert path.read_bytes() == uninterrupted.read_bytes()
+    assert resumed.rows == 5
+    MetricsFile(path, resume_from=None)  # a run from the start
+    assert read_metrics(path) == []
+
+
+def test_rows_that_the_checkpoint_has_seen_are_missing(tmp_path):
+    path = tmp_path / "metrics.csv"
+    with pytest.raises(UsageError, match=r"metrics.csv: 0 rows, but the checkpoint has seen 3"):
+        MetricsFile(path, resume_from=3)
+    MetricsFile(path).write({"step": 1})
+    with pytest.raises(UsageError, match=r"metrics.csv: 1 rows, but the checkpoint has seen 3"):
+        MetricsFile(path, resume_from=3)
+
+
+@pytest.mark.parametrize("content", [b"step,loss\n1,abc\n", b"step,loss\n1\n", b"step,loss\n1,\n", b"\xff\xfe\x00\x01"])
+def test_damaged_metrics(tmp_path, content):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"metrics.csv: damaged"):
+        read_metrics(path)
+
+
+def test_resuming_from_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UsageError, match=r"metrics.csv: damaged"):
+        MetricsFile(path, resume_from=1)
+
+
+# CHECKPOINTS
+
+CONTENT = {"phase": "phase1", "iteration": 3, "agent": {"weight": torch.arange(3.0)}, "args": {"seed": 1}, "none": None}
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint.pt", CONTENT)
+    for path in (tmp_path, tmp_path / "checkpoint.pt", str(tmp_path)):
+        content = load_checkpoint(path, "phase1", ["agent", "iteration"])
+        assert torch.equal(content.pop("agent")["weight"], torch.arange(3.0))
+        assert content == {name: value for name, value in CONTENT.items() if name != "agent"}
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    trap = tmp_path / "trap"
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**CONTENT, "extra": Malicious(trap)}, path)
+    with pytest.raises(UsageError, match=r"checkpoint.pt: refused, it holds objects other than tensors and numbers"):
+        load_checkpoint(path, "phase1")
+    path.write_bytes(pickle.dumps({**CONTENT, "agent": Malicious(trap)}))  # without torch's archive around it
+    with pytest.raises(UsageError, match=r"checkpoint.pt: (refused|not a readable checkpoint)"):
+        load_checkpoint(path, "phase1")
+    assert not trap.exists()
+    torch.save(Malicious(trap), path)
+    torch.load(path, weights_only=False)  # it would have
+    assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phase": "phase2"}, "a checkpoint of phase2, not of phase1"),
+        ({"phase": 1}, "not a checkpoint of this project"),
+        ({"phase": None}, "not a checkpoint of this project"),
+        ({"iteration": -1}, "does not fit this script, its iteration is no count"),
+        ({"iteration": 1.5}, "does not fit this script, its iteration is no count"),
+    ],
+)
+def test_checkpoints_of_another_kind(tmp_path, changes, message):
+    save_checkpoint(tmp_path / "checkpoint.pt", {**CONTENT, **changes})
+    with pytest.raises(UsageError, match=rf"checkpoint.pt: {message}$"):
+        load_checkpoint(tmp_path, "phase1")
+
+
+def test_checkpoints_that_cannot_be_read(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(UsageError, match=r"checkpoint.pt: no such checkpoint"):
+        load_checkpoint(tmp_path, "phase1")
+    with pytest.raises(UsageError, match="no checkpoint is named"):
+        load_checkpoint("", "phase1")
+    save_checkpoint(path, CONTENT)
+    with pytest.raises(UsageError, match=r"does not fit this script, it has no rows, tracker$"):
+        load_checkpoint(path, "phase1", ["agent", "rows", "tracker"])
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text", whole[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"checkpoint.pt: (not a readable checkpoint|refused)"):
+            load_checkpoint(path, "phase1")
+    torch.save([1, 2], path)
+    with pytest.raises(UsageError, match="not a checkpoint of this project"):
+        load_checkpoint(path, "phase1")
+
+
+def test_weights():
+    network = torch.nn.Linear(2, 3)
+    state = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    load_weights(network, state, "runs/x")
+    assert (network.weight == 1).all()
+    for other in (torch.nn.Linear(2, 4).state_dict(), {}, None, [1], {**state, "more": torch.zeros(1)}):
+        with pytest.raises(UsageError, match=r"^runs/x: does not fit this script, its networks have other shapes$"):
+            load_weights(network, other, "runs/x")
+    state["bias"][1] = torch.nan
+    with pytest.raises(UsageError, match=r"^runs/x: NaN in its networks$"):
+        load_weights(network, state, "runs/x")
+
+
+# FOLDERS AND MEMORY
+
+
+def test_no_two_runs_share_a_folder(tmp_path):
+    names = [files.new_folder(tmp_path / "runs" / "gbm__1").name for _ in range(3)]
+    assert names == ["gbm__1", "gbm__1-2", "gbm__1-3"]
+    assert all((tmp_path / "runs" / name).is_dir() for name in names)
+
+
+def test_memory():
+    cpu = torch.device("cpu")
+    files.check_memory(1, cpu, "--num-envs 1")
+    with pytest.raises(UsageError, match=r"--num-envs 9 needs 1,024.0 GiB \(at most the .* GiB free on cpu\)"):
+        files.check_memory(2**40, cpu, "--num-envs 9")
+    assert 0.01 < files.peak_memory(cpu) < 1000
