@@ -196,6 +196,8 @@ def _make_model(args: ModelArgs, dt: float) -> Dynamics:
         return Merton(dt=dt)
     if args.dynamics == "marlvol":
         return load_market(args.marlvol_checkpoint, dt)
+    if args.dynamics not in ("garch", "historical"):
+        raise ValueError(f"unknown dynamics {args.dynamics!r} (one of {', '.join(NAMES)})")
     return _model_of_closes(args.history, args.history_end, args.num_steps, args.dynamics == "historical")
 
 

@@ -46,6 +46,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_from: int | None = None):
         self.path = path if rank() == 0 else Path(os.devnull)
         self.kept = read_metrics(path, raw=True)[:resume_from] if resume_from else []
+        _as_numbers(self.kept, path)  # a damaged row among those that are kept is refused now
         self.rows = len(self.kept)
         check(self.rows == (resume_from or 0), f"{path}: {self.rows} rows, but the checkpoint has seen {resume_from}")
         self.fields = list(self.kept[0]) if self.kept else []
@@ -129,8 +130,16 @@ def read_metrics(path: Path, raw: bool = False) -> list[dict]:
         return []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [{k: v if raw else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    except (ValueError, TypeError, csv.Error):
+            rows = list(csv.DictReader(file))
+    except (ValueError, csv.Error):
+        raise UsageError(f"{path}: damaged") from None
+    return rows if raw else _as_numbers(rows, path)
+
+
+def _as_numbers(rows: list[dict], path: Path) -> list[dict]:
+    try:
+        return [{name: float(value) for name, value in row.items()} for row in rows]
+    except (ValueError, TypeError):  # too few columns or too many, or no number
         raise UsageError(f"{path}: damaged") from None
 
 

@@ -205,3 +205,14 @@ def test_memory():
     with pytest.raises(UsageError, match=r"--num-envs 9 needs 1,024.0 GiB \(at most the .* GiB free on cpu\)"):
         files.check_memory(2**40, cpu, "--num-envs 9")
     assert 0.01 < files.peak_memory(cpu) < 1000
+
+
+@pytest.mark.parametrize("row", ["1", "1,2,3", "1,two"])
+def test_a_damaged_row_is_refused_if_the_checkpoint_has_seen_it_and_dropped_if_not(tmp_path, row):
+    """A run that was killed may have left half a row behind its last checkpoint; one before it is damage."""
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"global_step,loss\n0,1.5\n{row}\n")
+    with pytest.raises(UsageError, match="damaged"):
+        MetricsFile(path, resume_from=2)
+    assert MetricsFile(path, resume_from=1).rows == 1
+    assert path.read_text().splitlines() == ["global_step,loss", "0,1.5"]
