@@ -155,7 +155,7 @@ class Agent(nn.Module):
             observation, *_ = env.step(self.to_band(self.actor_logstd.new_zeros(env.num_envs, len(self.actor_logstd))))
         std = torch.cat(seen).std(0)
         self.observation_mean.copy_(torch.cat(seen).mean(0))
-        # What never varies in training (gbm's volatility) must not be blown up where it differs, in another market.
+        # A column that never varies here (gbm's volatility) must not be blown up in another market, where it does.
         self.observation_std.copy_(torch.where(std < 1e-2, 1.0, std))
 
     def normalise(self, observation: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class Agent(nn.Module):
         )
         self.linear_maker.copy_(torch.stack(linear))
         self.observation_mean.copy_(seen.mean(0))
-        # What never varies in training (gbm's volatility) must not be blown up where it differs, in another market.
+        # A column that never varies here (gbm's volatility) must not be blown up in another market, where it does.
         self.observation_std.copy_(torch.where(seen.std(0) < 1e-2, 1.0, seen.std(0)))
 
     def normalise(self, observation: Tensor) -> Tensor:

@@ -570,7 +570,7 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
 def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
     """Trains a copy of `agent` for as many steps again against `agent` itself, which stays as it is.
 
-    What it gains is a lower bound of how far the policy can be exploited. Returns the best of ten evaluations of the
+    Its gain is a lower bound of how far the policy can be exploited. Returns the best of ten evaluations of the
     moving average, or `agent` if none of them is better.
     """
     args: Args = run.args

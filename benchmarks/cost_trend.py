@@ -53,7 +53,7 @@ def train(args: Args, cost_rate: float) -> dict:
 
 
 def trend_table(results: dict[float, dict]) -> Table:
-    """What agent and tuned constant band do at each cost rate; `results` are their benchmark.json."""
+    """Hedging of agent and tuned constant band at each cost rate; `results` are their benchmark.json."""
     header = [
         "cost rate",
         "agent: shares traded",

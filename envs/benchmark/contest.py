@@ -195,7 +195,7 @@ class Contest:
 
 
 def real_closes(model: Historical, num_steps: int) -> dict[str, str]:
-    """What an evaluation on real closes plays, for the report."""
+    """Settings of an evaluation on real closes, for the report."""
     windows = f"all of {num_steps} days, {model.dates[1]} to {model.dates[-1]}, returns demeaned"
     return {"closes": model.source, "model fitted until": str(model.dates[0]), "windows": windows}
 

@@ -136,7 +136,7 @@ def tune_makers(market: QuotingEnv, start: tuple[float, float], rival: tuple[flo
 
 
 def describe(market: QuotingEnv) -> str:
-    """What the makers' parameters depend on, in words that are the same on every machine."""
+    """The market that parameters are tuned for, in words that are the same on every machine."""
     beside = ("num_envs", "dynamics", "privileged", "device", "dtype")
     settings = {name: value for name, value in market.settings.items() if name not in beside}
     model = ", ".join(f"{name} {value:.4g}" for name, value in market.dynamics.parameters().items())

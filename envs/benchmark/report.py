@@ -17,7 +17,7 @@ from envs.run.files import write_json
 Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
 Z95 = 1.959964
 
-# What of a step's `info` is kept of an episode: its sum, or the mean of its absolute value over the steps
+# Measures of an episode: the sums of these entries of a step's `info`, and the means of the absolute values of those
 SUMMED = ("cost", "turnover", "income", "fills", "trades")
 AVERAGED = ("net_delta", "gross_delta", "net_vega", "half_spread")
 

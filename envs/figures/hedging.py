@@ -141,7 +141,7 @@ def _edges(env: HedgingEnv, policy: Policy, observation: torch.Tensor) -> tuple[
 
 
 class HedgedEpisode(NamedTuple):
-    """What is drawn of one episode."""
+    """The data of one episode."""
 
     cost: dict[str, np.ndarray]  # contestant → (num_steps,) cumulative, currency
     before: np.ndarray  # (num_steps,) the agent's net delta before its trade, shares

@@ -111,7 +111,7 @@ def _spread_by_volatility_panel(axis: Axes, contest: Contest, colours: Colours) 
 
 
 class QuotedEpisode(NamedTuple):
-    """What is drawn of one episode, step by step."""
+    """The data of one episode, step by step."""
 
     wealth: dict[str, list[float]]  # contestant → (num_steps + 1,) currency
     edges: np.ndarray  # (num_steps, 2, 2) of the agent and a rival, ask and bid, vol points

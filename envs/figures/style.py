@@ -1,4 +1,4 @@
-"""What the figures of all phases share: colours, legend, learning curve, P&L distributions, advantage by date."""
+"""Colours, legend, and the figures of all phases: learning curve, P&L distributions, advantage by date."""
 
 from collections.abc import Mapping
 from itertools import cycle

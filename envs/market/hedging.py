@@ -408,7 +408,7 @@ class HedgingEnv(MarketEnv):
         return nearest_in_band(net_delta, action["offset"], action["half_width"])
 
     def after_trade(self, observation: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the trade of a step does, before the market moves: a function of observation and action alone.
+        """The effect of a step's trade, before the market moves: a function of observation and action alone.
 
         Returns:
             The observation after the trade, which differs in its net delta, and the cost of the trade (n,), currency.

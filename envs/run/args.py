@@ -160,7 +160,7 @@ def parse_command(args_class: type, argv: Sequence[str], phase: str):
     if args.evaluate is not None:
         checkpoint = load_checkpoint(args.evaluate, phase, ["args", "agent", "iteration"])
         trained = saved_args(args_class, checkpoint["args"], args.evaluate)
-        # What an evaluation does not take over from the training, which may have been on another machine
+        # Flags of the training, perhaps on another machine, that its evaluation does not take over
         default = saved_args(args_class, checkpoint["args"], args.evaluate)
         default.resume = default.evaluate = None
         for name in ("track", "cudagraphs", "compile", "quick"):

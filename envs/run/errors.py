@@ -1,4 +1,4 @@
-"""What can end a run, and how it is said: in one line."""
+"""Errors that end a run with one line."""
 
 
 class UsageError(ValueError):

@@ -143,7 +143,7 @@ class Run:
         return vectors
 
     def settings(self) -> dict:
-        """What the report says of the run."""
+        """The run in the settings of the report."""
         return {"run seed": self.args.seed, "training steps": self.steps}
 
     def generator(self, seed: int) -> torch.Generator:
@@ -251,7 +251,7 @@ class Run:
                 raise DivergenceError(f"{name} is {value} by step {self.steps}; {self.last_good()}")
 
     def last_good(self) -> str:
-        """What is left of a run that has diverged, for its message."""
+        """The last good checkpoint of a run that has diverged, for its message."""
         checkpoint = self.folder / "checkpoint.pt"
         return f"last good: {checkpoint}" if checkpoint.exists() else "no checkpoint was kept (--no-save-model)"
 

@@ -1,7 +1,7 @@
 """Seeds of random streams that must not meet: all apart from each other and from `--seed`, which is below a million.
 
-What is added to `--seed` begins a stream of a training run; the others are the same in every run, so that all policies
-meet the same markets.
+Seeds that are added to `--seed` begin a stream of a training run. The others are the same in every run, so that all
+policies meet the same markets.
 """
 
 BENCHMARK_SEED = 1_000_000
