@@ -185,7 +185,7 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function, 2×64 tanh each; the environment's action is `to_quote` of the raw one.
+    """Gaussian policy and value function, two tanh layers each; the environment's action is `to_quote` of the raw one.
 
     Raw action zero is a maker with constant half-spread, skew and target delta proportional to its vega, and a constant
     band: linear in what the strongest classical maker does, which `fit` measures. So training starts from there.
@@ -255,7 +255,7 @@ class Agent(nn.Module):
         return ((self.attraction(observation) - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
-        """Observation and raw action (n, actions) → half-spread, skew, target delta, half-width of the band."""
+        """Observation and raw action (n, actions) → environment action, its numbers in the order of `action_bounds`."""
         half_spread, skew, target, band = self.linear_maker
         raw = raw_action.clamp(-5, 5)
         vega = observation[:, self.vega]

@@ -1,4 +1,4 @@
-"""Classical makers as policies: callables observation (n, size) → action (n, 4) of a maker in a `QuotingEnv`.
+"""Classical makers as policies: callables observation (n, size) → action of a maker in a `QuotingEnv`.
 
 Each constructor takes the market that it is built for and the strategy's parameters. A formula published for one asset
 is applied to a book of options by the book's vega.

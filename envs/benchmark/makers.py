@@ -140,7 +140,8 @@ def describe(market: QuotingEnv) -> str:
     beside = ("num_envs", "dynamics", "privileged", "device", "dtype")
     settings = {name: value for name, value in market.settings.items() if name not in beside}
     model = ", ".join(f"{name} {value:.4g}" for name, value in market.dynamics.parameters().items())
-    parts = [f"{type(market.dynamics).__name__} ({model})"]
+    parts = [] if type(market) is QuotingEnv else [type(market).__name__]  # a market of one's own is tuned for anew
+    parts.append(f"{type(market.dynamics).__name__} ({model})")
     for name, value in settings.items():
         value = value if isinstance(value, Sequence) else (value,)
         parts.append(f"{name} {' '.join(f'{x:.4g}' for x in value)}")

@@ -21,9 +21,9 @@ class Part(NamedTuple):
     Attributes:
         width: number of columns.
         values: environment → current values, (num_envs, width) or (num_envs, num_makers, width), or what broadcasts.
-        unit: natural units of 1 in the observation, a number or (width,).
+        unit: natural units of 1 in the observation, a number or (width,). It tells policies; it scales nothing.
         over_time: actions do not change this part. Then `values` is called once, for speed, when the market is set, and
-            gives all times, (num_steps + 1, …, width).
+            gives all times: (num_steps + 1, num_envs, width), in a `QuotingEnv` (num_steps + 1, num_envs, 1, width).
     """
 
     width: int
@@ -38,15 +38,23 @@ class MarketEnv(VectorEnv):
     A subclass adds an observation by a row in `observation_parts` and an action by a row in `action_bounds`, at any
     place in them:
 
+        from envs.market.env import Part
+
         class MyEnv(QuotingEnv):
             def observation_parts(self):
-                return {**super().observation_parts(), "spot": Part(1, lambda env: env.spot[env.t][:, None, None])}
+                return {**super().observation_parts(), "flow²": Part(1, lambda env: env.flow[:, None, None] ** 2)}
 
             def action_bounds(self):
-                return {**super().action_bounds(), "tilt": (-5.0, 5.0)}
+                return {**super().action_bounds(), "premium": (-1.0, 1.0)}
 
-    The method that uses a number of an action finds it by name (`by_name`). A subclass with arguments of its own adds
-    them to `settings` in its constructor, for `like`.
+            def to_edges(self, actions):
+                premium = self.by_name(actions)["premium"]
+                return super().to_edges(actions) + torch.stack((premium, torch.zeros_like(premium)), -1)
+
+    An observation should be of order one: agents do not stretch a column whose standard deviation is below 0.01. The
+    method that uses a number of an action finds it by name (`by_name`). A policy returns the numbers in the order of
+    `action_bounds`, or by name through `to_action`. A subclass with arguments of its own adds them to `settings` in its
+    constructor, for `like`.
 
     Attributes:
         settings: arguments of the constructor.
@@ -131,15 +139,19 @@ class MarketEnv(VectorEnv):
         """A part of one column (…) of observations (…, size)."""
         return observation[..., self.columns[name].start]
 
+    def check_columns(self, actions: Tensor) -> None:
+        """Raises ValueError if `actions` (…, size) have another number of columns than `action_bounds` has rows."""
+        if actions.shape[-1] != len(self.bounds):
+            names = ", ".join(self.bounds)
+            raise ValueError(f"actions have {actions.shape[-1]} columns ({len(self.bounds)}: {names})")
+
     def by_name(self, actions: Tensor) -> dict[str, Tensor]:
         """Actions (…, size) → each of their numbers (…) by name.
 
         Raises:
             ValueError: `actions` have another number of columns.
         """
-        if actions.shape[-1] != len(self.bounds):
-            names = ", ".join(self.bounds)
-            raise ValueError(f"actions have {actions.shape[-1]} columns ({len(self.bounds)}: {names})")
+        self.check_columns(actions)
         return dict(zip(self.bounds, actions.unbind(-1), strict=True))
 
     def to_action(self, **numbers: Tensor | float) -> Tensor:

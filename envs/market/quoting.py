@@ -78,10 +78,10 @@ class QuotingEnv(MarketEnv):
         privileged: every maker observes its rivals' vegas and positions too.
         device, dtype: where and in what precision everything lives.
 
-    Action (n, num_makers, 4), see `action_bounds`: half-spread h ≥ 0 and skew s in vol points, target net delta and
-    half-width ≥ 0 of a no-trade band around it in shares. The ask is quoted at an edge of h + s above the mark, the bid
-    at h − s below it, both times the option's vega: a positive skew attracts sellers. After the fills the holding moves
-    to the nearest edge of the band, if the net delta is outside. A negative band counts as 0.
+    Action (n, num_makers, actions), see `action_bounds`: half-spread h ≥ 0 and skew s in vol points, target net delta
+    and half-width ≥ 0 of a no-trade band around it in shares. The ask is quoted at an edge of h + s above the mark, the
+    bid at h − s below it, both times the option's vega (`to_edges`): a positive skew attracts sellers. After the fills
+    the holding moves to the nearest edge of the band, if the net delta is outside. A negative band counts as 0.
 
     Observation (n, num_makers, size), see `observation_parts`: public information and the own book.
 
@@ -365,7 +365,7 @@ class QuotingEnv(MarketEnv):
         )
 
     def to_edges(self, actions: Tensor) -> Tensor:
-        """Actions (…, 4) → edges of the ask and of the bid (…, 2), vol points."""
+        """Actions (…, actions) → edges of the ask and of the bid (…, 2), vol points."""
         action = self.by_name(actions)
         ask = action["half_spread"] + action["skew"]
         bid = action["half_spread"] - action["skew"]
@@ -389,7 +389,7 @@ class QuotingEnv(MarketEnv):
         """Quotes, fills, hedges, then moves the market.
 
         Args:
-            actions: (n, num_makers, 4), see the class.
+            actions: (n, num_makers, actions), see the class.
 
         Returns:
             observation (n, num_makers, size), reward (n, num_makers), terminated and truncated (n,), info.
@@ -530,10 +530,10 @@ class AgainstRivals(VectorEnv):
 
     Args:
         env: the market of all makers.
-        rivals: their policies, observation (n, size) → action (n, 4), one for every other seat, next seat first.
+        rivals: their policies, observation (n, size) → action, one for every other seat, next seat first.
         seat: of the learner.
 
-    Observation (n, size), action (n, 4), reward (n,) and `info` (n,) are those of the seat, see `QuotingEnv`.
+    Observation (n, size), action (n, actions), reward (n,) and `info` (n,) are those of the seat, see `QuotingEnv`.
     """
 
     metadata = QuotingEnv.metadata
@@ -603,7 +603,8 @@ class AgainstRivals(VectorEnv):
         return self.observations[:, self.seat], info
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-        """actions (n, 4) → observation (n, size), reward, terminated, truncated (n,), info of the seat."""
+        """actions (n, actions) → observation (n, size), reward, terminated, truncated (n,), info of the seat."""
+        self.env.check_columns(actions)
         everyone = [None] * self.env.num_makers
         everyone[self.seat] = actions
         for seat, policy in zip(self.other_seats, self.rivals, strict=True):

@@ -253,7 +253,9 @@ class Run:
     def last_good(self) -> str:
         """The last good checkpoint of a run that has diverged, for its message."""
         checkpoint = self.folder / "checkpoint.pt"
-        return f"last good: {checkpoint}" if checkpoint.exists() else "no checkpoint was kept (--no-save-model)"
+        if checkpoint.exists():
+            return f"last good: {checkpoint}"
+        return "there is no checkpoint yet" if self.args.save_model else "no checkpoint was kept (--no-save-model)"
 
     def log(self, row: dict[str, float], shown: str = "", **also) -> None:
         """Writes a row of metrics, to W&B too, shows the figure that matters on the bar and saves a checkpoint.

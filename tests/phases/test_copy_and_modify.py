@@ -48,7 +48,7 @@ class MyMarket(QuotingEnv):
         return {**super().action_bounds(), "premium": (-1.0, 1.0)}
 
     def observation_parts(self):
-        last_move = Part(1, lambda env: (env.spot[env.t] / env.spot[max(env.t - 1, 0)] - 1.0)[:, None, None])
+        last_move = Part(1, lambda env: 100 * (env.spot[env.t] / env.spot[max(env.t - 1, 0)] - 1)[:, None, None])
         return {"last move": last_move, **super().observation_parts()}
 
     def to_edges(self, actions):
@@ -72,6 +72,7 @@ def test_a_fifth_action_another_observation_and_a_wider_network_take_three_edits
         },
     )
     agent = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]
+    assert 0.1 < agent["observation_std"][0] != 1.0  # the first column is the new one, and it is standardised
     usual = (
         PHASES[phase.name]
         .module.Agent(PHASES[phase.name].module.make_market(phase.args(), None, 1, torch.device("cpu")))
