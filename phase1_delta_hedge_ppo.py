@@ -126,7 +126,7 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function, two tanh layers each; the environment's action is `to_band` of the raw one."""
+    """Gaussian policy and value function of two tanh layers; the environment's action is `to_band` of the raw one."""
 
     def __init__(self, env: HedgingEnv):
         super().__init__()
