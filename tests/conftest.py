@@ -31,14 +31,19 @@ def main(phase, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Makes short runs shorter: figures are made but not rendered (`test_smoke` renders them), and the makers tuned for
-    a market are remembered."""
-    monkeypatch.setattr(style, "save", lambda figure, path: Image.new("L", (1, 1)).save(path))
-    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda self: None)
+def tuned_once(monkeypatch):
+    """Makers tuned for a market are remembered, and validation in phases 3 and 4 plays a few hundred episodes."""
     monkeypatch.setattr(makers, "classical_makers", remembered)
     for name in ("phase3", "phase4"):
         monkeypatch.setattr(PHASES[name].module, "classical_makers", remembered)
+        monkeypatch.setattr(PHASES[name].module, "EPISODES", 256)
+
+
+@pytest.fixture
+def quick(monkeypatch, tuned_once):
+    """Makes short runs shorter: beside that, figures are made but not rendered (`test_smoke` renders them)."""
+    monkeypatch.setattr(style, "save", lambda figure, path: Image.new("L", (1, 1)).save(path))
+    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda self: None)
 
 
 @pytest.fixture

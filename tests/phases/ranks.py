@@ -53,10 +53,12 @@ def train() -> None:
     arithmetic()
     resume()
     judging.VALIDATION_PATHS = 4096
+    for name in ("phase3", "phase4"):
+        PHASES[name].module.EPISODES = 64
     for name in ("phase0", "phase1", "phase3", "phase4"):
         phase = PHASES[name]
         folder = new_folder(name)
-        agent = phase.train(phase.args(3 if name == "phase0" else 12, num_evaluations=2), folder)
+        agent = phase.train(phase.args(3 if name == "phase0" else 6, num_evaluations=2), folder)
         torch.save(agent.state_dict(), folder / f"rank{rank()}.pt")
 
 

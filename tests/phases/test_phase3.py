@@ -46,7 +46,7 @@ def make(num_envs=64, model=None, **changes):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(quick, tmp_path, monkeypatch):
     """Calls main in `tmp_path`, in this process: run(*flags) → the newest run folder."""
     monkeypatch.chdir(tmp_path)
 

@@ -44,7 +44,7 @@ SMOKES = [pytest.param("phase0", {})] + [
 
 
 @pytest.mark.parametrize(("phase", "changes"), SMOKES, indirect=["phase"])
-def test_smoke(main, tmp_path, phase, changes, capsys):
+def test_smoke(main, tuned_once, tmp_path, phase, changes, capsys):
     passed = main(*phase.flags(**changes))
     verdict = "BENCHMARK PASSED" if passed else "BENCHMARK FAILED"
     assert verdict in capsys.readouterr().out
@@ -188,7 +188,11 @@ def test_evaluate_on_other_markets(resumed, quick, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in resumed.whole.iterdir()} == before
 
 
-@in_markets
+@pytest.mark.parametrize(
+    "phase",
+    ["phase1", "phase3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("phase2", "phase4"))],
+    indirect=True,
+)
 def test_evaluate_on_the_real_sp500(main, quick, tmp_path, phase):
     main(*phase.flags(dynamics="garch", history_end="2010-12-31"))
     main("--evaluate", run_folder(tmp_path), "--dynamics", "historical")
