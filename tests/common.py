@@ -4,6 +4,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import pytest
 import torch
 
 import phase0_marlvol_calibration as phase0
@@ -177,3 +178,10 @@ PHASES = {
     ),
 }
 MARKET_PHASES = [name for name in PHASES if name != "phase0"]  # those that trade in a market
+
+
+def phases(default: str, slow: str = ""):
+    """Parametrises a test by `phase`: "1 4" are in the default suite, and the `slow` ones share most of their code."""
+    names = [f"phase{number}" for number in default.split()]
+    more = [pytest.param(f"phase{number}", marks=pytest.mark.slow) for number in slow.split()]
+    return pytest.mark.parametrize("phase", [*names, *more], indirect=True)

@@ -57,6 +57,12 @@ def join_ranks(cuda: bool) -> torch.device:
     return device
 
 
+def leave_ranks() -> None:
+    """Ends this process's part in torchrun. Without it gloo's threads may abort a process that exits before others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def collective(function: Callable):
     """Calls `function`, which talks to the other ranks.
 

@@ -34,7 +34,7 @@ from envs.run.args import parse_args, parse_command
 from envs.run.errors import DivergenceError, RankLost, UsageError, check
 from envs.run.files import MetricsFile, load_checkpoint, load_weights, new_folder, save_checkpoint, write_json
 from envs.run.graph import cuda_graph
-from envs.run.ranks import gather, join_ranks, rank, rank_seed, world_size
+from envs.run.ranks import gather, join_ranks, leave_ranks, rank, rank_seed, world_size
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # a checkpoint of another kind
@@ -388,4 +388,5 @@ def run_main(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> None
     sys.stderr.flush()
     if world_size() > 1 and code not in (0, 1):
         os._exit(code)  # not to wait for ranks that wait for this one
+    leave_ranks()
     sys.exit(code)

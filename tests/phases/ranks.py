@@ -15,7 +15,7 @@ from common import PHASES  # noqa: E402
 from envs.benchmark import calibration as judging  # noqa: E402
 from envs.run import run  # noqa: E402
 from envs.run.errors import DivergenceError  # noqa: E402
-from envs.run.ranks import average_gradients, check_equal_parameters, gather, join_ranks, rank, standardise  # noqa: E402
+from envs.run.ranks import average_gradients, check_equal_parameters, gather, join_ranks, leave_ranks, rank, standardise  # noqa: E402
 from envs.run.run import Run, run_main  # noqa: E402
 
 
@@ -60,6 +60,8 @@ def train() -> None:
         folder = new_folder(name)
         agent = phase.train(phase.args(3 if name == "phase0" else 6, num_evaluations=2), folder)
         torch.save(agent.state_dict(), folder / f"rank{rank()}.pt")
+    torch.distributed.barrier()
+    leave_ranks()
 
 
 def resume() -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from common import PHASES, ROOT
+from common import PHASES, ROOT, phases
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def copied(tmp_path, script):
     return run
 
 
-@pytest.mark.parametrize("phase", ["phase1", "phase2"], indirect=True)  # 3 and 4: below; 0: test_phase0.py
+@phases("", slow="1 2")  # 3 and 4 are below, 0 in test_phase0.py
 def test_another_network(copied, phase):
     source = (ROOT / phase.script).read_text()
     layers = set(re.findall(r"nn\.(?:Tanh|ReLU)\((?:True)?\)", source))
@@ -60,7 +60,7 @@ def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device
     return MyMarket("""
 
 
-@pytest.mark.parametrize("phase", ["phase3", pytest.param("phase4", marks=pytest.mark.slow)], indirect=True)
+@phases("3", slow="4")
 def test_a_fifth_action_another_observation_and_a_wider_network_take_three_edits(copied, phase):
     header = "def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:\n"
     folder = copied(

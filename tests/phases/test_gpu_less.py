@@ -126,7 +126,7 @@ def hedging_iteration(model):
 
 def book_iteration(model):
     """Phase 2."""
-    args = phase2.Args(num_envs=8, batch_size=16)
+    args = phase2.Args(num_envs=8, batch_size=16, num_strikes=2)
     env = phase2.make_env(args, model, 8, CPU)
     agent = phase2.Agent(env, 16).to(META)
     env, generator = on_meta(env), MetaGenerator()

@@ -83,7 +83,7 @@ def test_smoke(main, changes, capsys):
     assert spot.isfinite().all()
 
 
-@pytest.mark.parametrize("reward", ["difference", "shared"])
+@pytest.mark.parametrize("reward", [pytest.param("difference", marks=pytest.mark.slow), "shared"])
 def test_training_calibrates(reward, tmp_path):
     """A few seconds take it a good part of the way from constant volatility to the smile."""
     few = {"difference": (4, 50, 0.15), "shared": (10, 20, 0.05)}[reward]

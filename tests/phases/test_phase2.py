@@ -236,7 +236,7 @@ def test_the_band_does_not_depend_on_what_is_held():
 
 def test_training_improves_the_policy(tmp_path):
     args = phase2.Args(
-        num_strikes=1, expiries=(30,), arrival_rate=0.25, mean_order_size=1.0, num_envs=256, total_timesteps=600_000,
+        num_strikes=1, expiries=(30,), arrival_rate=0.25, mean_order_size=1.0, num_envs=256, total_timesteps=400_000,
         batch_size=256, hidden_size=64, utd=1 / 256, average=0.02, num_evaluations=4, save_model=False,
         learning_starts=10_000, buffer_size=100_000,
     )  # fmt: skip

@@ -132,7 +132,8 @@ def test_logprob_is_gaussian():
     torch.testing.assert_close(same, value)
 
 
-def test_training_beats_the_named_baseline(tmp_path):
+def test_training_beats_the_named_baseline(tmp_path, monkeypatch):
+    monkeypatch.setattr(phase3, "EPISODES", 1024)
     args = phase3.Args(total_timesteps=200_000, num_envs=128, num_evaluations=2, save_model=False)
     market = phase3.make_market(args, model_of(args), 64, CPU)
     phase3.train(PHASE.run(args, tmp_path), makers.classical_makers(market))
@@ -252,7 +253,9 @@ def test_relative_gain():
     assert 0.9 < covered < 0.99
 
 
-@pytest.mark.parametrize("name", ["heston", "gbm", "garch", "merton"])
+@pytest.mark.parametrize(
+    "name", ["heston", "gbm", *(pytest.param(x, marks=pytest.mark.slow) for x in ("garch", "merton"))]
+)
 def test_recorded_parameters_are_those_of_the_default_market(name):
     args = phase3.Args(dynamics=name)
     model = model_of(args)

@@ -13,13 +13,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import wandb
-from common import MARKET_PHASES, PHASES, ROOT, Phase, remembered
+from common import PHASES, ROOT, Phase, phases, remembered
 
 from envs.run import files
 from envs.run.errors import UsageError
 from envs.run.run import run_main
-
-in_markets = pytest.mark.parametrize("phase", MARKET_PHASES, indirect=True)
 
 
 def run_folder(place: Path, pattern="*") -> Path:
@@ -35,7 +33,7 @@ MODELS_OF = {
     "phase3": ("gbm", "heston", "merton"),
     "phase4": ("gbm", "heston"),
 }
-SLOW = (("phase1", "merton"), ("phase2", "heston"), ("phase3", "merton"), ("phase4", "gbm"))
+SLOW = (("phase1", "heston"), ("phase2", "heston"), ("phase3", "gbm"), ("phase3", "merton"), ("phase4", "gbm"))
 SMOKES = [pytest.param("phase0", {})] + [
     pytest.param(phase, {"dynamics": name}, marks=[pytest.mark.slow] if (phase, name) in SLOW else [])
     for phase, names in MODELS_OF.items()
@@ -73,7 +71,9 @@ class Resumed(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope="module", params=PHASES)
+@pytest.fixture(
+    scope="module", params=["phase0", "phase1", "phase2", pytest.param("phase3", marks=pytest.mark.slow), "phase4"]
+)
 def resumed(request, tmp_path_factory) -> Resumed:
     return whole_and_resumed(PHASES[request.param], tmp_path_factory.mktemp(request.param))
 
@@ -153,7 +153,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(resumed,
         assert (unborn / "benchmark.json").read_bytes() == (resumed.whole / "benchmark.json").read_bytes()
 
 
-@pytest.mark.parametrize("phase", ["phase1"], indirect=True)
+@phases("1")
 def test_a_quick_run_has_no_verdict(main, quick, tmp_path, phase, capsys):
     assert main(*phase.flags(), "--quick", "--num-steps", 30, "--total-timesteps", 30 * 64 * 4)
     out = capsys.readouterr().out
@@ -188,11 +188,7 @@ def test_evaluate_on_other_markets(resumed, quick, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in resumed.whole.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "phase",
-    ["phase1", "phase3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("phase2", "phase4"))],
-    indirect=True,
-)
+@phases("1", slow="2 3 4")
 def test_evaluate_on_the_real_sp500(main, quick, tmp_path, phase):
     main(*phase.flags(dynamics="garch", history_end="2010-12-31"))
     main("--evaluate", run_folder(tmp_path), "--dynamics", "historical")
@@ -207,6 +203,7 @@ def test_evaluate_on_the_real_sp500(main, quick, tmp_path, phase):
     assert ("optimum of the fitted model" in content["rows"]) == (phase.name == "phase1")
 
 
+@phases("0 1 4", slow="2 3")
 def test_track_offline(main, quick, tmp_path, phase, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -227,9 +224,7 @@ def test_help_reads_like_documentation(phase, capsys):
         assert words in " ".join(text.split())
 
 
-@pytest.mark.parametrize(
-    "phase", ["phase1", *(pytest.param(name, marks=pytest.mark.slow) for name in MARKET_PHASES[1:])], indirect=True
-)
+@phases("1", slow="2 3 4")
 def test_compile_gives_the_same_results(tmp_path, phase):
     few = {"utd": 0.005} if phase.name == "phase2" else {"num_minibatches": 2}
     args = phase.args(iterations=5, num_evaluations=1, save_model=False, **few)
@@ -241,7 +236,7 @@ def test_compile_gives_the_same_results(tmp_path, phase):
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
 
-@in_markets
+@phases("1 2 3 4")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graphs_give_the_same_results(tmp_path, phase):
@@ -254,6 +249,7 @@ def test_cuda_graphs_give_the_same_results(tmp_path, phase):
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
 
+@phases("1 4", slow="0 2 3")
 def test_divergence_stops_the_run_and_names_the_last_checkpoint(tmp_path, phase, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -266,7 +262,7 @@ def test_divergence_stops_the_run_and_names_the_last_checkpoint(tmp_path, phase,
     assert all(value.isfinite().all() for value in checkpoint["agent"].values())
 
 
-@pytest.mark.parametrize("phase", ["phase1", "phase4"], indirect=True)
+@phases("1", slow="4")
 def test_interrupt_has_its_own_exit_code(tmp_path, phase):
     command = [sys.executable, str(ROOT / phase.script), *phase.flags(iterations=100_000)]
     process = subprocess.Popen(

@@ -293,6 +293,9 @@ def test_nan_is_named_with_its_step_and_the_last_checkpoint(tmp_path):
     with pytest.raises(DivergenceError, match=re.escape(f"parameter bias is nan {last}")):
         run.check_finite({"loss": 1.0}, learner.network)
     (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(DivergenceError, match="there is no checkpoint yet"):
+        run.check_finite({"loss": math.nan})
+    run.args.save_model = False
     with pytest.raises(DivergenceError, match=re.escape("no checkpoint was kept (--no-save-model)")):
         run.check_finite({"loss": math.nan})
 
