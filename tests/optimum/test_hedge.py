@@ -118,6 +118,7 @@ def limited(env, limit):
     env.set_market(env.spot.T, env.variance.T, (size, size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cost_rate", "risk_aversion", "rate", "black_scholes", "best", "width", "share"), ORDERS)
 def test_reference_table_with_client_orders(cost_rate, risk_aversion, rate, black_scholes, best, width, share):
     env = one_call(100_000, cost_rate=cost_rate, risk_aversion=risk_aversion, arrival_rate=rate)

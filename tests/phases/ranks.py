@@ -53,9 +53,8 @@ def train() -> None:
     arithmetic()
     resume()
     judging.VALIDATION_PATHS = 4096
-    for name in ("phase3", "phase4"):
-        PHASES[name].module.EPISODES = 64
-    for name in ("phase0", "phase1", "phase3", "phase4"):
+    PHASES["phase4"].module.EPISODES = 64
+    for name in ("phase0", "phase1", "phase4"):  # phase 3 has the code of 1 and 4
         phase = PHASES[name]
         folder = new_folder(name)
         agent = phase.train(phase.args(3 if name == "phase0" else 6, num_evaluations=2), folder)

@@ -234,6 +234,7 @@ def test_the_band_does_not_depend_on_what_is_held():
     assert not torch.equal(agent.critic(agent.normalise(observation)), agent.critic(agent.normalise(moved)))
 
 
+@pytest.mark.slow
 def test_training_improves_the_policy(tmp_path):
     args = phase2.Args(
         num_strikes=1, expiries=(30,), arrival_rate=0.25, mean_order_size=1.0, num_envs=256, total_timesteps=400_000,

@@ -153,6 +153,7 @@ def test_risk_neutral_benchmark_has_the_exact_best_response(run):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_three_makers_and_privileged_observation(run):
     folder = run(*PHASE.flags(num_makers=3), "--privileged")
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]

@@ -25,18 +25,18 @@ def run_folder(place: Path, pattern="*") -> Path:
     return max((place / "runs").glob(pattern), key=lambda path: path.stat().st_mtime)
 
 
-# Every model in every phase, but for merton in 2 and 4, for garch where `test_evaluate_on_the_real_sp500` trains in
-# it, and for marlvol, which has tests of its own; a second or third model of a phase is in the slow suite
+# Every model in every phase, in the default suite and in the slow one; but for merton in 2 and 4, for garch where
+# `test_evaluate_on_the_real_sp500` trains in it, and for marlvol, which has tests of its own
 MODELS_OF = {
-    "phase1": ("gbm", "garch", "heston", "merton"),
-    "phase2": ("gbm", "heston"),
-    "phase3": ("gbm", "heston", "merton"),
-    "phase4": ("gbm", "heston"),
+    "phase1": (["gbm"], ["garch", "heston", "merton"]),
+    "phase2": (["gbm"], ["heston"]),
+    "phase3": (["heston"], ["gbm", "merton"]),
+    "phase4": (["heston"], ["gbm"]),
 }
-SLOW = (("phase1", "heston"), ("phase2", "heston"), ("phase3", "gbm"), ("phase3", "merton"), ("phase4", "gbm"))
 SMOKES = [pytest.param("phase0", {})] + [
-    pytest.param(phase, {"dynamics": name}, marks=[pytest.mark.slow] if (phase, name) in SLOW else [])
-    for phase, names in MODELS_OF.items()
+    pytest.param(phase, {"dynamics": name}, marks=marks)
+    for phase, suites in MODELS_OF.items()
+    for names, marks in zip(suites, ([], [pytest.mark.slow]), strict=True)
     for name in names
 ]
 
@@ -203,7 +203,7 @@ def test_evaluate_on_the_real_sp500(main, quick, tmp_path, phase):
     assert ("optimum of the fitted model" in content["rows"]) == (phase.name == "phase1")
 
 
-@phases("0 1 4", slow="2 3")
+@phases("0 1", slow="2 3 4")
 def test_track_offline(main, quick, tmp_path, phase, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
