@@ -100,8 +100,8 @@ def test_others_are_refused(refused):
 # reference.md, positions limited to ±8: cost_rate, risk_aversion, arrival_rate → Black–Scholes delta, exact optimum,
 # and the tuned width of the constant band with the share of the gap that it closes
 ORDERS = [
-    pytest.param(1e-3, 0.1, 0.25, -1.102, -0.856, 0.3, 0.86, marks=pytest.mark.slow),
-    pytest.param(1e-3, 1.0, 0.25, -1.870, -1.822, 0.05, 0.94, marks=pytest.mark.slow),
+    (1e-3, 0.1, 0.25, -1.102, -0.856, 0.3, 0.86),
+    (1e-3, 1.0, 0.25, -1.870, -1.822, 0.05, 0.94),
     (5e-4, 0.1, 0.5, -0.889, -0.785, 0.2, 0.90),
 ]
 
