@@ -17,14 +17,14 @@ import torch
 import torch.nn as nn
 
 from envs import AgainstRivals, QuotingEnv
-from envs.benchmark.makers import STRONGEST_MAKER, Makers, classical_makers
+from envs.benchmark.makers import LINEAR_START, Makers, classical_makers
 from envs.benchmark.quoting import quoting_benchmark, quoting_validation
 from envs.figures.quoting import quoting_report
 from envs.market.dynamics import Dynamics
 from envs.market.history import Historical
 from envs.market.quoting import BadQuote
 from envs.market.units import TRADING_DAYS
-from envs.models import QuotingArgs, check_unseen, make_model
+from envs.models import QuotingArgs, check_options, check_unseen, make_model
 from envs.run.args import BatchedRunArgs, check_ppo, check_range
 from envs.run.files import check_memory
 from envs.run.ranks import average_gradients, check_equal_parameters, rank, rank_seed, standardise
@@ -124,7 +124,7 @@ class Args(QuotingArgs, BatchedRunArgs):
 
 
 def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:
-    return QuotingEnv(num_envs, model, expiry=2 * args.num_steps, device=device, **args.market())
+    return QuotingEnv(num_envs, model, args.options(model.dt), device=device, **args.market())
 
 
 # ALGO LOGIC: the agent
@@ -139,14 +139,17 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 class Agent(nn.Module):
     """Gaussian policy and value function, two tanh layers each; the environment's action is `to_quote` of the raw one.
 
-    Raw action zero is a maker with constant half-spread, skew and target delta proportional to its vega, and a constant
-    band: linear in what the strongest classical maker does, which `fit` measures. So training starts from there.
+    The raw action is half-spread, skew, target delta and band, and a tilt and a width for each option. At zero it is a
+    maker with one constant half-spread for all options, skew and target delta proportional to its vega, and a constant
+    band: linear in what the strongest Black–Scholes maker does, which `fit` measures. So training starts from there,
+    and the smile has to be learnt.
     """
 
     def __init__(self, market: QuotingEnv):
         super().__init__()
         size = market.maker_observation_space.shape[0]
-        actions = market.maker_action_space.shape[0]
+        options = market.num_options
+        self.parts = (4, options, options)  # of the raw action: common numbers, tilts, widths
         self.vega = market.columns["net vega"].start
 
         def network(outputs: int, std: float) -> nn.Sequential:
@@ -155,9 +158,9 @@ class Agent(nn.Module):
                 layer_init(nn.Linear(HIDDEN, outputs), std),
             )  # fmt: skip
 
-        self.actor_mean = network(actions, 0.01)
+        self.actor_mean = network(sum(self.parts), 0.01)
         self.critic = network(1, 1.0)
-        self.actor_logstd = nn.Parameter(torch.full((actions,), -0.5))
+        self.actor_logstd = nn.Parameter(torch.full((sum(self.parts),), -0.5))
         # Observations are standardised by what the classical maker met before training, and saved with the policy.
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
@@ -180,8 +183,8 @@ class Agent(nn.Module):
         vega = seen[:, self.vega]
         square = vega.square().mean().clamp(min=1e-12)
         linear = (
-            action["half_spread"].mean(),
-            (action["skew"] * vega).mean() / square,
+            0.5 * (action["ask"] + action["bid"]).mean(),
+            0.5 * ((action["ask"] - action["bid"]).mean(-1) * vega).mean() / square,
             (action["target"] * vega).mean() / square,
             action["band"].mean().clamp(min=0.01),
         )
@@ -194,16 +197,17 @@ class Agent(nn.Module):
         return ((observation - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
-        """Observation and raw action (n, actions) → environment action, its numbers in the order of `action_bounds`."""
+        """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
         half_spread, skew, target, band = self.linear_maker
-        raw = raw_action.clamp(-5, 5)
+        common, tilt, width = raw_action.clamp(-5, 5).split(self.parts, -1)
         vega = observation[:, self.vega]
-        return torch.stack((
-            half_spread * (0.6 * raw[:, 0]).exp(),
-            skew * vega + 0.5 * half_spread * raw[:, 1],
-            target * vega + 0.4 * raw[:, 2],
-            band * raw[:, 3].exp(),
-        ), -1)  # fmt: skip
+        half_spreads = half_spread * (0.6 * common[:, :1] + 0.3 * width).exp()
+        up = (skew * vega + 0.5 * half_spread * common[:, 1])[:, None] + 0.5 * tilt  # of asks and bids, vol points
+        asks = half_spreads + up
+        bids = half_spreads - up
+        target = target * vega + 0.4 * common[:, 2]
+        band = band * common[:, 3].exp()
+        return torch.cat((asks, bids, target[:, None], band[:, None]), -1)
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observation, normals (n, actions) → raw action (n, actions), log-probability and value (n,)."""
@@ -307,7 +311,7 @@ def train(run: Run, classics: Makers) -> Agent:
     torch.manual_seed(args.seed)
     env = classics.env.like(args.num_envs)
     agent = Agent(env.env).to(run.device)
-    agent.fit(env.like(1024), classics.policies[STRONGEST_MAKER])
+    agent.fit(env.like(1024), classics.policies[LINEAR_START])
     # A tensor as learning rate, so that a captured update sees it change
     optimizer = torch.optim.Adam(
         agent.parameters(), lr=torch.tensor(args.learning_rate, device=run.device), eps=1e-5, fused=True,
@@ -366,13 +370,14 @@ def main(argv) -> bool:
     """Runs the command; True if the benchmark passed."""
     run = Run.open(Args, argv, PHASE, QUICK)
     args: Args = run.args
-    model = make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2)
+    model = make_model(args, dt=0.5 / TRADING_DAYS)
     fitted = model.garch if isinstance(model, Historical) else model  # what the makers know
     market = make_market(args, fitted, args.tuning_episodes, run.device)
     for flag, rows in (("--num-envs", max(args.num_envs, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
         check_memory(3 * 4 * rows * market.noise_size, run.device, f"{flag} {rows}")  # noise, marks and a copy
     if args.evaluate is not None:
         agent = Agent(market).to(run.device)
+        check_options(args, run.trained)
         run.load(agent)
         check_unseen(args, run.trained)
     run.begin(args.dynamics, f"{args.dynamics} on {run.device}; edges in vol points, vega per vol point, S = 100")

@@ -105,7 +105,7 @@ def phase2_speed(args: Args, num_envs: int, mode: str, **changes) -> tuple[float
 
 def phase3_market(num_envs: int) -> Makers:
     phase_args = phase3.Args()
-    model = make_model(phase_args, dt=0.5 / TRADING_DAYS, lifetime=2)
+    model = make_model(phase_args, dt=0.5 / TRADING_DAYS)
     return classical_makers(phase3.make_market(phase_args, model, num_envs, DEVICE))
 
 

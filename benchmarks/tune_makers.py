@@ -42,7 +42,7 @@ def main(args: Args) -> None:
     for flags in markets:
         start = time.perf_counter()
         market = phase3.make_market(
-            flags, make_model(flags, dt=0.5 / TRADING_DAYS, lifetime=2), args.episodes, torch.device("cpu")
+            flags, make_model(flags, dt=0.5 / TRADING_DAYS), args.episodes, torch.device("cpu")
         )
         rival = makers.tune_rival(market)
         parameters = makers.tune_makers(market, rival, (*rival, 1.0))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from envs.calibration.game import FIRST_JUDGED, last_day
 from envs.calibration.marlvol import Marlvol
 from envs.market import smiles
 from envs.market.dynamics import GARCH, GBM, Dynamics, Heston, Merton
+from envs.market.hedging import Option
 from envs.market.history import Historical, fit_garch, load_closes
+from envs.market.quoting import moneyness_grid
 from envs.market.units import TRADING_DAYS
 from envs.run.args import check_range
 from envs.run.errors import UsageError, check
@@ -54,6 +57,12 @@ class ModelArgs:
         check(self.volatility <= most, f"--volatility is {self.volatility} (at most {most:.2g} over --num-steps)")
 
 
+    def check_model(self, model: Dynamics) -> None:
+        """Raises UsageError if the model ends before the options do."""
+        last = model.last_step
+        check(self.num_steps <= last, f"--num-steps is {self.num_steps} (at most {last}: the smile ends there)")
+
+
 @dataclass
 class HestonArgs(ModelArgs):
     """Flags of the model of the underlying where heston is the default."""
@@ -82,7 +91,11 @@ class QuotingArgs(HestonArgs):
     """Flags of a market of makers (`QuotingEnv`)."""
 
     num_steps: int = 60
-    """steps of an episode, half a trading day each (garch, historical: a day); the options live twice as long"""
+    """steps of an episode, half a trading day each (garch, historical: a day)"""
+    moneyness: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    """strikes of each expiry T, increasing: z of 100 · exp(z · 0.2 · √T); puts below 0, calls from there up"""
+    expiries: tuple[int, ...] | None = None
+    """steps to the options' expiries, increasing, each at least --num-steps; by default one, twice --num-steps"""
     num_makers: int = 2
     """makers in the market"""
     arrival_rate: float = 0.5
@@ -91,6 +104,8 @@ class QuotingArgs(HestonArgs):
     """standard deviation of the order flow's imbalance: takers come at arrival_rate × (1 ± imbalance)"""
     choice_sensitivity: float = 2.0
     """k of the takers' logit choice, per vol point: the larger, the more the best price takes all"""
+    informed_share: float = 0.2
+    """share of the takers who compare quotes with the fair value; the others compare them with Black–Scholes"""
     cost_rate: float = 5e-4
     """proportional cost of hedging per unit of currency traded (5e-4 = 5 bp)"""
     risk_aversion: float = 1.0
@@ -99,14 +114,32 @@ class QuotingArgs(HestonArgs):
     """let the agent see its rivals' vegas and positions (for study)"""
 
     def market(self) -> dict[str, float]:
-        """The settings of `QuotingEnv` by name."""
-        names = ("num_makers", "num_steps", "arrival_rate", "flow_sd", "choice_sensitivity", "cost_rate")
-        return {name: getattr(self, name) for name in (*names, "risk_aversion", "privileged")}
+        """The settings of `QuotingEnv` by name, but for the options."""
+        names = ("num_makers", "num_steps", "arrival_rate", "flow_sd", "choice_sensitivity", "informed_share")
+        return {name: getattr(self, name) for name in (*names, "cost_rate", "risk_aversion", "privileged")}
+
+    @property
+    def expiry_steps(self) -> tuple[int, ...]:
+        """Steps to the options' expiries."""
+        return (2 * self.num_steps,) if self.expiries is None else self.expiries
+
+    def options(self, dt: float) -> list[Option]:
+        """The options that are quoted, where a step is `dt` years."""
+        return moneyness_grid(self.moneyness, self.expiry_steps, dt)
 
     def described(self) -> dict:
         """The flags that make a market another one, for the report."""
         model = ("dynamics", "volatility", "mean_reversion", "vol_of_vol", "correlation")
-        return {name: getattr(self, name) for name in model} | self.market()
+        options = {"moneyness": self.moneyness, "expiries": self.expiry_steps}
+        return {name: getattr(self, name) for name in model} | options | self.market()
+
+    def check_model(self, model: Dynamics) -> None:
+        """Raises UsageError if the model ends before the options do."""
+        last = model.last_step
+        if self.expiries is None:
+            allowed = f"at most {last // 2 if last < math.inf else last}: options expire after twice that, and the smile ends"
+            check(2 * self.num_steps <= last, f"--num-steps is {self.num_steps} ({allowed})")
+        check(self.expiry_steps[-1] <= last, f"--expiries ends at {self.expiry_steps[-1]} (at most {last}, where the smile ends)")
 
     def check(self) -> None:
         """Raises UsageError for the first argument that cannot work."""
@@ -115,6 +148,17 @@ class QuotingArgs(HestonArgs):
         check_range(self, 0, 20, "arrival_rate", open_low=True)
         check_range(self, 0, 10, "flow_sd")
         check_range(self, 0, 1e6, "choice_sensitivity", open_low=True)
+        check_range(self, 0, 1, "informed_share")
+        for flag, values in (("--moneyness", self.moneyness), ("--expiries", self.expiry_steps)):
+            increasing = len(values) > 0 and all(a < b for a, b in pairwise(values))
+            check(increasing, f"{flag} is {' '.join(f'{x:g}' for x in values) or 'empty'} (one or more, increasing)")
+        for z in self.moneyness:
+            check(abs(z) <= 5, f"--moneyness has {z:g} (at least -5, at most 5)")
+        first, last = self.expiry_steps[0], self.expiry_steps[-1]
+        check(first >= self.num_steps, f"--expiries begins at {first} (at least --num-steps = {self.num_steps})")
+        check(last <= 2520, f"--expiries ends at {last} (at most 2520)")
+        number = len(self.moneyness) * len(self.expiry_steps)
+        check(number <= 100, f"--moneyness × --expiries are {number} options (at most 100)")
         check_range(self, 0, 0.5, "cost_rate")
         check_range(self, 0, 1e3, "risk_aversion")
 
@@ -164,12 +208,11 @@ def make_surface(args: SmileArgs) -> tuple[smiles.Surface, list[quotes.Fit]]:
     return surface, fits
 
 
-def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS, lifetime: int = 1) -> Dynamics:
+def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS) -> Dynamics:
     """The model of the underlying that the flags describe.
 
     Args:
         dt: years of a step; garch and historical have their own, a trading day.
-        lifetime: how many episodes long the options live.
 
     Raises:
         UsageError: unusable data, or more steps than the model has.
@@ -178,9 +221,7 @@ def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS, lifetime: int = 1)
         model = _make_model(args, dt)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    why = "the smile ends there" if lifetime == 1 else "options expire after twice that, and the smile ends"
-    allowed = f"at most {model.last_step // lifetime} with this market: {why}"
-    check(lifetime * args.num_steps <= model.last_step, f"--num-steps is {args.num_steps} ({allowed})")
+    args.check_model(model)
     return model
 
 
@@ -239,6 +280,15 @@ def load_market(path: str, dt: float = 1 / TRADING_DAYS) -> Marlvol:
         return Marlvol(content["market"], dt)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_options(args: QuotingArgs, trained: QuotingArgs) -> None:
+    """Raises `UsageError` if the agent was trained with another number of options."""
+    for name, known, new in (
+        ("--moneyness has", len(trained.moneyness), len(args.moneyness)),
+        ("--expiries has", len(trained.expiry_steps), len(args.expiry_steps)),
+    ):
+        check(known == new, f"{name} {new}, but the agent was trained with {known}: it quotes other options")
 
 
 def check_unseen(args: ModelArgs, trained: ModelArgs) -> None:

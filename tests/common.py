@@ -113,7 +113,7 @@ class Phase(NamedTuple):
             return (phase0.make_game(args, smiles.SURFACES["sp500-2018"], torch.device(device)),)
         if self.module in (phase1, phase2):
             return (dynamics.GBM(),)
-        model = make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2)
+        model = make_model(args, dt=0.5 / TRADING_DAYS)
         classics = remembered(self.module.make_market(args, model, args.tuning_episodes, torch.device(device)))
         return (classics,) if self.module is phase3 else (classics, {})
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from scipy.linalg import expm
 
-from envs.market import black_scholes
 from envs.market.hedging import Policy
+from envs.market.moves import StepMoves
 from envs.market.quoting import QuotingEnv, QuotingState, hedged_volatility_variance
 from envs.market.units import VOL_POINT
 
@@ -67,29 +67,23 @@ def glft_exact_quotes(
     return bid, ask
 
 
-MIN_VEGA = 1e-3  # currency per vol point: formulas divide by the vega, which vanishes when a jump leaves every strike
-
-
-def _mean_vega(env: QuotingEnv, state: QuotingState) -> Tensor:
-    """Vega (n,) of the average option, currency per vol point."""
-    arguments = (state.spot[:, None], env.strike, state.time_to_expiry[:, None], state.volatility[:, None])
-    return (VOL_POINT * black_scholes.vega(*arguments).mean(-1)).clamp(min=MIN_VEGA)
-
-
 def _residual_variance(env: QuotingEnv, state: QuotingState) -> Tensor:
     """Variance rate (n,) of a delta-hedged option per unit of vega, vol points² a year (Stoikov & Sağlam 2009).
 
     It is (vega α)²(1 − ρ²) + ½Γ²σ⁴S⁴Δt over vega². With one expiry Γ = vega/(S²στ), so it is the same for every option
-    and for the book.
+    and for the book; with several it is the mean over the options.
     """
-    from_volatility = hedged_volatility_variance(env.dynamics, state.variance, env.expiry - state.step)
-    tau = state.time_to_expiry.clamp(min=0.5 * env.dynamics.dt)
-    return from_volatility + 0.5 * (state.volatility / (tau * VOL_POINT)) ** 2 * env.dynamics.dt
+    steps_left = env.expiry - state.step[:, None]
+    variance = state.variance[:, None]
+    from_volatility = hedged_volatility_variance(env.dynamics, variance, steps_left)
+    tau = steps_left.clamp(min=0.5) * env.dynamics.dt
+    volatility = env.reference_volatility(state.step, state.spot / env.initial_spot, state.variance)
+    return (from_volatility + 0.5 * (volatility / (tau * VOL_POINT)) ** 2 * env.dynamics.dt).mean(-1)
 
 
 def constant_spread(env: QuotingEnv, half_spread: float) -> Policy:
     """The same half-spread, in vol points, whatever is held; Black–Scholes delta hedged every step."""
-    return lambda observation: env.to_action(half_spread=torch.full_like(observation[:, 0], half_spread))
+    return lambda observation: env.quote(torch.full_like(observation[:, 0], half_spread))
 
 
 def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: float = 1.0) -> Policy:
@@ -106,11 +100,11 @@ def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: 
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
-        vega = _mean_vega(env, state)
+        vega = env.vegas_at(state).mean(-1)
         time_left = env.column(observation, "time left") * env.num_steps * env.dynamics.dt
         arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), time_left, k)
         half_spread, skew = avellaneda_stoikov_quotes(*arguments)
-        return env.to_action(half_spread=spread * half_spread, skew=skew)
+        return env.quote(spread * half_spread, skew)
 
     return policy
 
@@ -124,10 +118,9 @@ def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
-        vega = _mean_vega(env, state)
+        vega = env.vegas_at(state).mean(-1)
         arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), k, intensity)
-        half_spread, skew = glft_quotes(*arguments)
-        return env.to_action(half_spread=half_spread, skew=skew)
+        return env.quote(*glft_quotes(*arguments))
 
     return policy
 
@@ -135,14 +128,41 @@ def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
 def minimum_variance_band(env: QuotingEnv, quotes: Policy, band: float) -> Policy:
     """The quotes of another policy, hedged to the minimum-variance delta with a no-trade band of ±`band` shares.
 
-    The net delta that minimises the variance of the next step is −vega · ∂σ/∂S (Hull & White 2017), ∂σ/∂S how far the
-    volatility of the middle option is expected to move with the spot.
+    The net delta that minimises the variance of the next step is −Σ position · vega · ∂σ/∂S (Hull & White 2017), ∂σ/∂S
+    how far an option's volatility is expected to move with the spot. Options are taken at their reference prices.
     """
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
         slope = env.smile.slope(state.step, state.spot / env.initial_spot, state.variance)
-        target = -state.vega * slope[..., slope.shape[-1] // 2] / (VOL_POINT * state.spot)
-        return env.to_action(**{**env.by_name(quotes(observation)), "target": target, "band": band})
+        slope = slope[..., env.at_the_money] if env.smile.is_fair else slope
+        exposure = env.vegas_at(state) * slope / (VOL_POINT * state.spot[:, None])
+        return _hedged(env, quotes(observation), -(state.position * exposure).sum(-1), band)
 
     return policy
+
+
+def with_the_smile(env: QuotingEnv, quotes: Policy, moves: StepMoves, share: float, band: float) -> Policy:
+    """The quotes of another policy, shifted by a share of the way from the reference price to the fair value.
+
+    Hedged to the net delta that minimises the variance of the next step at fair values, with a no-trade band.
+
+    Args:
+        moves: of the options, see `envs.market.moves`.
+        share: 0 leaves the quotes at the reference price, 1 centres them on the fair value.
+        band: half-width of the band, shares.
+    """
+
+    def policy(observation: Tensor) -> Tensor:
+        state = env.decode(observation)
+        action = env.by_name(quotes(observation))
+        shift = share * env.gap_at(state)
+        target = -(state.position * moves.exposure_at(state)).sum(-1)
+        return env.to_action(ask=action["ask"] + shift, bid=action["bid"] - shift, target=target, band=band)
+
+    return policy
+
+
+def _hedged(env: QuotingEnv, action: Tensor, target: Tensor, band: float) -> Tensor:
+    """The quotes of an action with another hedge."""
+    return env.to_action(**{**env.by_name(action), "target": target, "band": band})

@@ -7,14 +7,13 @@ HEDGE_OPTION = {"gap closed": 0.97}  # share of the way from Black–Scholes to 
 HEDGE_BOOK = {"gap closed": 0.95}  # the same (phase 2)
 FREE_TRADING = {"standard errors": 3.0}  # within which agent, optimum and Black–Scholes agree where trading is free
 
-QUOTING = {  # in phase 3's default market
-    "objective gain": 0.30,  # share of Avellaneda–Stoikov's
-    "P&L gain": 0.12,  # share of Avellaneda–Stoikov's
-    "above the strongest classic": 0.2,  # objective, currency
+QUOTING = {  # in phase 3's default market; objective, currency
+    "above Avellaneda–Stoikov": 5.0,
+    "above the strongest classic": 0.3,
 }
-QUOTING_KNOWN = {  # where a reference is computed
-    "below it": 0.03,  # objective, currency
-    "edge off the best response": 0.03,  # mean relative difference
+QUOTING_KNOWN = {  # where nothing is risked and hedging is free
+    "objective below it": 0.005,  # share of the best response's
+    "edge off the best response": 0.03,  # mean difference, relative, or to 1 vol point where that is less
 }
 
 SELFPLAY = {

@@ -7,18 +7,22 @@ from pathlib import Path
 
 from envs.baselines import makers as formulas
 from envs.benchmark.contest import play, tune
-from envs.market.dynamics import GBM
 from envs.market.hedging import Policy
+from envs.market.moves import StepMoves
 from envs.market.quoting import AgainstRivals, QuotingEnv
-from envs.optimum.quotes import optimal_quotes
+from envs.optimum.makers import MultiAsset, VegaProgramming
 from envs.run.errors import UsageError
 from envs.run.seeds import TUNING_SEED
 
 AVELLANEDA_STOIKOV = "Avellaneda–Stoikov, tuned"  # the baseline that the user named, hedged at the Black–Scholes delta
 CONSTANT_SPREAD, GLFT = "constant spread, tuned", "GLFT, tuned"
-STRONGEST_MAKER = "GLFT, min-variance band, tuned"
-INVENTORY_DP = "dynamic programming, tuned"  # under gbm
-BEST_RESPONSE = "best response (exact)"  # under gbm without risk aversion and costs
+LINEAR_START = "GLFT, min-variance band, tuned"  # the strongest that believes in Black–Scholes: the agent starts there
+AS_SMILE = "Avellaneda–Stoikov with the smile, tuned"
+GLFT_SMILE = "GLFT with the smile, tuned"
+MULTI_ASSET = "multi-asset closed form, tuned"
+VEGA_DP = "dynamic programming, tuned"
+KNOWING = (AS_SMILE, GLFT_SMILE, MULTI_ASSET, VEGA_DP)  # the model, and so the fair values
+BEST_RESPONSE = "best response (exact)"  # without risk aversion and costs
 RIVAL = "rival"
 RISK_NEUTRAL = 1e-6  # the risk aversion of a formula that divides by it, where there is none
 NEVER_HEDGED = 1e3  # half-width of a band, shares
@@ -28,8 +32,8 @@ RECORDED = Path(__file__).with_name("tuned_makers.json")  # written by benchmark
 Parameters = dict[str, tuple[float, ...]]
 
 
-def classical_maker(name: str, env: AgainstRivals, parameters: Sequence[float]) -> Policy:
-    """The classical maker of that name, in the seat of `env`."""
+def classical_maker(name: str, env: AgainstRivals, parameters: Sequence[float], moves: StepMoves) -> Policy:
+    """The classical maker of that name, in the seat of `env`; `moves` is what those who know the model know of it."""
     market = env.env
     if name == AVELLANEDA_STOIKOV:
         return formulas.avellaneda_stoikov(market, *parameters)
@@ -37,10 +41,19 @@ def classical_maker(name: str, env: AgainstRivals, parameters: Sequence[float]) 
         return formulas.constant_spread(market, *parameters)
     if name == GLFT:
         return formulas.glft(market, *parameters)
-    if name == STRONGEST_MAKER:
+    if name == LINEAR_START:
         return formulas.minimum_variance_band(market, formulas.glft(market, *parameters[:2]), parameters[2])
-    if name == INVENTORY_DP:
-        return optimal_quotes(env, *parameters)
+    risk_aversion, other, share, band = parameters
+    if name == AS_SMILE:
+        quotes = formulas.avellaneda_stoikov(market, risk_aversion, other)
+        return formulas.with_the_smile(market, quotes, moves, share, band)
+    if name == GLFT_SMILE:
+        quotes = formulas.glft(market, risk_aversion, other)
+        return formulas.with_the_smile(market, quotes, moves, share, band)
+    if name == MULTI_ASSET:
+        return MultiAsset(env, moves, risk_aversion, other, share, band)
+    if name == VEGA_DP:
+        return VegaProgramming(env, moves, risk_aversion, other, share, band)
     raise ValueError(f"no maker is called {name!r}")
 
 
@@ -51,8 +64,8 @@ class Makers:
     Attributes:
         env: that market from the agent's seat (its `like` has it in any size).
         policies: by name, what an agent has to beat in its seat.
-        parameters: by the same names, and the rival's: risk aversion and k, then the band in shares, or the rival's
-            multiple of the spread.
+        parameters: by the same names, and the rival's: risk aversion and k (or the cost of a fill), then the share of
+            the way to the fair value and the band in shares, or the rival's multiple of the spread.
         origin: where the parameters come from.
     """
 
@@ -91,32 +104,48 @@ def tune_rival(market: QuotingEnv) -> tuple[float, float]:
     return rivals
 
 
-def _tune(name: str, env: AgainstRivals, start: Sequence[float], globally: bool = False) -> tuple[float, ...]:
-    """Parameters of the maker, from `start`; those whose best value in this market is 0 or ∞ are set to it.
+def _settled(name: str, market: QuotingEnv) -> dict[int, float]:
+    """Parameters whose best value in this market is 0 or ∞, by their place.
 
-    Without risk aversion nothing is hedged that costs anything, and where hedging is free there is no band. Quotes too
-    wide for any trade are a local optimum, so a search can go on `globally`, from the best of eight starts.
+    Without risk aversion nothing is hedged that costs anything, and where hedging is free there is no band.
     """
-    market = env.env
-    start = tuple(start)
-    first, last = 0, len(start)  # the parameters start[first:last] are searched for
+    found = {}
+    places = {AVELLANEDA_STOIKOV: 2, CONSTANT_SPREAD: 1, GLFT: 2, LINEAR_START: 3}.get(name, 4)
     if market.risk_aversion == 0 and name != CONSTANT_SPREAD:
-        first = 1
-        start = (RISK_NEUTRAL, *start[1:])
-    if len(start) == 3 and (market.risk_aversion == 0 or market.cost_rate == 0):
-        last = 2
-        start = (*start[:2], 0.0 if market.cost_rate == 0 else NEVER_HEDGED)
+        found[0] = RISK_NEUTRAL
+    if places > 2 and (market.risk_aversion == 0 or market.cost_rate == 0):
+        found[places - 1] = 0.0 if market.cost_rate == 0 else NEVER_HEDGED
+    return found
 
-    def family(*free: float) -> Policy:
-        return classical_maker(name, env, (*start[:first], *free, *start[last:]))
 
-    def value(free: Sequence[float]) -> float:
-        return play(env, family(*free))["objective_centred"].mean()
+def _tune(
+    name: str,
+    env: AgainstRivals,
+    start: Sequence[float],
+    moves: StepMoves | None = None,
+    globally: bool = False,
+) -> tuple[float, ...]:
+    """Parameters of the maker, from `start`; see `_settled` for those that are not searched for.
 
-    starts = [start[first:last]]
-    if globally and first == 0:
+    Quotes too wide for any trade are a local optimum, so a search can go on `globally`, from the best of eight starts.
+    """
+    settled = _settled(name, env.env)
+    free = [i for i in range(len(start)) if i not in settled]
+
+    def complete(values: Sequence[float]) -> tuple[float, ...]:
+        found = {**settled, **dict(zip(free, values, strict=True))}
+        return tuple(found[i] for i in range(len(start)))
+
+    def family(*values: float) -> Policy:
+        return classical_maker(name, env, complete(values), moves)
+
+    def value(values: Sequence[float]) -> float:
+        return play(env, family(*values))["objective_centred"].mean()
+
+    starts = [tuple(start[i] for i in free)]
+    if globally and free[0] == 0:
         starts = [(start[0] * x, start[1] * y) for x in (0.25, 1.0, 4.0, 16.0) for y in (0.5, 1.0)]
-    return (*start[:first], *tune(env, family, max(starts, key=value), COARSE_TO_FINE), *start[last:])
+    return complete(tune(env, family, max(starts, key=value) if len(starts) > 1 else starts[0], COARSE_TO_FINE))
 
 
 def tune_makers(market: QuotingEnv, start: tuple[float, float], rival: tuple[float, ...]) -> Parameters:
@@ -126,12 +155,16 @@ def tune_makers(market: QuotingEnv, start: tuple[float, float], rival: tuple[flo
     found = {
         RIVAL: rival,
         CONSTANT_SPREAD: _tune(CONSTANT_SPREAD, env, (1.2,)),
-        AVELLANEDA_STOIKOV: _tune(AVELLANEDA_STOIKOV, env, start, True),
+        AVELLANEDA_STOIKOV: _tune(AVELLANEDA_STOIKOV, env, start, globally=True),
     }
-    found[GLFT] = _tune(GLFT, env, (5.0 * start[0], start[1]), True)
-    found[STRONGEST_MAKER] = _tune(STRONGEST_MAKER, env, (*found[GLFT], 0.15))
-    if isinstance(market.dynamics, GBM) and market.risk_aversion > 0:
-        found[INVENTORY_DP] = _tune(INVENTORY_DP, env, (2.0 * market.risk_aversion, 0.2, 0.05))
+    found[GLFT] = _tune(GLFT, env, (5.0 * start[0], start[1]), globally=True)
+    found[LINEAR_START] = _tune(LINEAR_START, env, (*found[GLFT], 0.15))
+    moves = StepMoves(market)
+    found[AS_SMILE] = _tune(AS_SMILE, env, (*found[AVELLANEDA_STOIKOV], 0.5, 0.15), moves)
+    found[GLFT_SMILE] = _tune(GLFT_SMILE, env, (*found[GLFT], 0.5, 0.15), moves)
+    if market.risk_aversion > 0:  # else they are the best response
+        for name in (MULTI_ASSET, VEGA_DP):
+            found[name] = _tune(name, env, (3.0 * market.risk_aversion, 0.1, 0.8, 0.15), moves)
     return found
 
 
@@ -143,8 +176,11 @@ def describe(market: QuotingEnv) -> str:
     parts = [] if type(market) is QuotingEnv else [type(market).__name__]  # a market of one's own is tuned for anew
     parts.append(f"{type(market.dynamics).__name__} ({model})")
     for name, value in settings.items():
-        value = value if isinstance(value, Sequence) else (value,)
-        parts.append(f"{name} {' '.join(f'{x:.4g}' for x in value)}")
+        if name == "options":
+            options = (f"{option.strike:.5g}{'C' if option.is_call else 'P'}{option.expiry}" for option in value)
+            parts.append(f"options {' '.join(options)}")
+        else:
+            parts.append(f"{name} {value:.4g}")
     return ", ".join(parts)
 
 
@@ -187,5 +223,6 @@ def assemble(market: QuotingEnv, parameters: Mapping[str, Sequence[float]], orig
     """The makers with these parameters, the rival's among them, in this market."""
     parameters = {name: tuple(values) for name, values in parameters.items()}
     env = against_rival(market, parameters[RIVAL])
-    policies = {name: classical_maker(name, env, values) for name, values in parameters.items() if name != RIVAL}
+    moves = StepMoves(market)
+    policies = {name: classical_maker(name, env, values, moves) for name, values in parameters.items() if name != RIVAL}
     return Makers(env, policies, parameters, origin)

@@ -1,6 +1,6 @@
 """The benchmark of a maker: the same seat, rivals and takers for every contestant."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -9,19 +9,19 @@ from envs.benchmark.contest import Contest, Validation, play, play_fresh, real_c
 from envs.benchmark.makers import (
     AVELLANEDA_STOIKOV,
     BEST_RESPONSE,
-    GLFT,
-    INVENTORY_DP,
+    KNOWING,
+    LINEAR_START,
     RIVAL,
-    STRONGEST_MAKER,
     Makers,
     against_rival,
 )
-from envs.benchmark.report import Benchmark, Estimate, compare, relative_gain
-from envs.market.dynamics import GBM, Dynamics
+from envs.benchmark.report import Benchmark, Episodes, Estimate, compare, relative_gain
+from envs.market.dynamics import Dynamics
 from envs.market.hedging import Policy
 from envs.market.history import Historical
 from envs.market.quoting import AgainstRivals, QuotingEnv
-from envs.optimum.quotes import best_response, optimal_quotes
+from envs.optimum.edges import best_edge
+from envs.optimum.makers import BestResponse
 from envs.run.seeds import BENCHMARK_SEED
 
 COLUMNS = {  # key in a contestant's row → title in the table
@@ -87,16 +87,13 @@ def quoting_contest(
 ) -> Contest:
     """Plays the agent and every classical maker, in the same seat and with the same takers, on fresh episodes.
 
-    Under gbm also the inventory dynamic programming, tuned, or, without risk aversion and costs, the best response,
-    which is exact. Arguments as in `quoting_benchmark`.
+    Without risk aversion and costs also the best response, which is exact. Arguments as in `quoting_benchmark`.
     """
     market = classics.env.env
     policies = {"agent": agent, **classics.policies}
-    best = INVENTORY_DP if INVENTORY_DP in policies else STRONGEST_MAKER
-    exact = isinstance(market.dynamics, GBM) and market.risk_aversion == market.cost_rate == 0
+    exact = market.risk_aversion == market.cost_rate == 0
     if exact:
-        best = BEST_RESPONSE
-        policies[best] = optimal_quotes(classics.env)
+        policies[BEST_RESPONSE] = BestResponse(classics.env)
     settings = {f"{name}: parameters": list(values) for name, values in classics.parameters.items()}
     settings |= {"parameters of the makers": classics.origin, "benchmark seed": BENCHMARK_SEED}
     env = classics.env.like(min(4096, episodes))
@@ -109,23 +106,31 @@ def quoting_contest(
         block = 2 * market.num_steps  # windows that overlap share days: blocks of twice their length cover that
         dates = model.dates
     played = play_fresh(env, policies, episodes, BENCHMARK_SEED)
+    best = BEST_RESPONSE if exact else strongest(played)
     return Contest(title, policies, played, classics.parameters, best, exact, block, settings, classics.env, dates)
+
+
+def strongest(played: Mapping[str, Episodes]) -> str:
+    """The classical maker with the highest mean objective."""
+    return max((name for name in played if name != "agent"), key=lambda name: played[name]["objective"].mean())
 
 
 @torch.no_grad()
 def edge_error(env: AgainstRivals, policy: Policy) -> float:
-    """Mean of |edge / best response − 1| over both sides and all steps of the environment's current market.
+    """Mean of |edge − best response|/max(|best response|, 1 vol point) over all options, sides and steps of the
+    environment's current market.
 
     The best response is to what the rivals quote in that very step, as if nothing were risked and hedging free.
     """
     market = env.env
     total = 0.0
     observation, _ = env.replay()
-    for _ in range(env.num_steps):
+    for t in range(env.num_steps):
         observation, *_ = env.step(policy(observation))
-        rivals = market.edges[:, env.other_seats].transpose(1, 2)
-        best = best_response(rivals, market.choice_sensitivity, market.reference_edge)
-        total += float((market.edges[:, env.seat] / best - 1.0).abs().mean())
+        rivals = market.edges[:, env.other_seats].movedim(1, -1)
+        arguments = (market.choice_sensitivity, market.reference_edge, market.gap[t], market.informed_share)
+        best = best_edge(rivals, *arguments)
+        total += float(((market.edges[:, env.seat] - best).abs() / best.abs().clamp(min=1.0)).mean())
     return total / env.num_steps
 
 
@@ -151,16 +156,21 @@ def require_gain(result: Benchmark, gains: dict[str, Estimate], label: str, bar:
     result.require(f"{label} {100 * bar:g} % above {AVELLANEDA_STOIKOV}", gain >= bar, f"{100 * gain:+.1f} %")
 
 
+def require_margin(result: Benchmark, name: str, bar: float) -> None:
+    """Adds the criterion that the agent's objective is above a contestant's by `bar`, currency."""
+    advantage = result.advantages[name]
+    result.require(f"{bar:g} above {name}", advantage.mean >= bar, str(advantage))
+
+
 def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Benchmark:
     """The verdict on a maker: it must beat every classical one in its seat, with the same takers.
 
-    In the default market the bars QUOTING say by how much, at no higher a standard deviation than the named baseline's.
-    Where a reference is known, QUOTING_KNOWN says how close the agent must come: under gbm to the dynamic programming,
-    and where nothing is risked and hedging is free to the edge of the best response.
+    In the default market the bars QUOTING say by how much, at no higher a standard deviation than the strongest one's.
+    Where nothing is risked and hedging is free, its edges and its objective must be close to those of the best response
+    instead (bars QUOTING_KNOWN).
     """
-    reference = contest.best != STRONGEST_MAKER
-    bars = {**(QUOTING if default_market else {}), **(QUOTING_KNOWN if reference else {})}
-    result, gains = compare_makers(settings, contest, bars)
+    bars = QUOTING_KNOWN if contest.exact else QUOTING if default_market else {}
+    result, _ = compare_makers(settings, contest, bars)
     if contest.exact:
         env = contest.env.like(4096)
         env.reset(seed=BENCHMARK_SEED)
@@ -169,30 +179,27 @@ def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Ben
         result.require(
             f"edge within {100 * bar:g} % of the best response", error <= bar, f"{100 * error:.2f} % off on average"
         )
+        bar = bars["objective below it"] * result.rows[contest.best]["objective"]
+        difference = result.advantages[contest.best]
+        name = f"objective within {100 * bars['objective below it']:g} % of {contest.best}"
+        result.require(name, difference.mean >= -bar, str(difference))
     else:
         for name in contest.parameters:
-            if name in contest.played and name != INVENTORY_DP:
+            if name in contest.played:
                 result.require_advantage(name)
-    if reference:
-        difference = result.advantages[contest.best]
-        bar = bars["below it"]
-        result.require(f"within {bar:g} of {contest.best}", difference.mean >= -bar, str(difference))
     if default_market:
-        require_gain(result, gains, "objective", bars["objective gain"])
-        require_gain(result, gains, "mean P&L", bars["P&L gain"])
+        require_margin(result, AVELLANEDA_STOIKOV, bars["above Avellaneda–Stoikov"])
+        require_margin(result, contest.best, bars["above the strongest classic"])
         own = result.rows["agent"]["pnl_sd"]
-        other = result.rows[AVELLANEDA_STOIKOV]["pnl_sd"]
-        result.require(f"P&L sd no higher than of {AVELLANEDA_STOIKOV}", own <= other, f"{own:.3f}, {other:.3f}")
-        margin = result.advantages[STRONGEST_MAKER].mean
-        bar = bars["above the strongest classic"]
-        result.require(f"{bar:g} above {STRONGEST_MAKER}", margin >= bar, f"{margin:+.4f}")
+        other = result.rows[contest.best]["pnl_sd"]
+        result.require(f"P&L sd no higher than of {contest.best}", own <= other, f"{own:.3f}, {other:.3f}")
     require_episodes(result)
     return result
 
 
 def rival_sweep(
     contest: Contest,
-    names: Sequence[str] = ("agent", AVELLANEDA_STOIKOV, GLFT, STRONGEST_MAKER),
+    names: Sequence[str] = ("agent", AVELLANEDA_STOIKOV, LINEAR_START, *KNOWING),
     episodes: int = 1024,
 ) -> dict[str, dict[float, dict[str, float]]]:
     """Objectives against other rivals than the agent was trained against: multiples of their spread and risk aversion.
@@ -209,6 +216,8 @@ def rival_sweep(
     for what, multiple, arguments in variants:
         env = against_rival(market, arguments)
         sweep[what][multiple] = {
-            name: float(play(env, contest.policies[name])["objective_centred"].mean()) for name in names
+            name: float(play(env, contest.policies[name])["objective_centred"].mean())
+            for name in names
+            if name in contest.policies
         }
     return sweep

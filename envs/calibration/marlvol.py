@@ -234,6 +234,12 @@ class Marlvol(Dynamics):
         row = step.long().clamp(max=len(projection) - 1)
         return self.lookup(projection, row, step, spot).square()
 
+    def step_from(self, step, spot, variance, noise):
+        """A step of the Markovian projection, whose variance is a function of time and spot."""
+        variance = self.typical_variance(step, spot)
+        log_return = (variance * self.dt).sqrt() * noise[:, 0] - 0.5 * variance * self.dt
+        return log_return, self.typical_variance(step + 1, spot * log_return.exp())
+
     def day(self, step: Tensor) -> Tensor:
         """Trading day of a step, counted from 0; the last day after the end."""
         return (step // self.steps_per_day).long().clamp(max=self.game.num_steps - 1)
@@ -297,6 +303,8 @@ class CalibratedSmile(Smile):
         tables: (num_options, steps, nodes) volatility of each option at every step and node of the game's grid.
         slopes: of the same shape, ∂σ/∂ln S.
     """
+
+    is_fair = True
 
     def __init__(self, dynamics: Marlvol, strike: Tensor, expiry: Tensor):
         strike, expiry = torch.broadcast_tensors(strike, expiry)

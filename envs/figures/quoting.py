@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 
 from envs.benchmark.contest import Contest
-from envs.benchmark.makers import AVELLANEDA_STOIKOV, GLFT, STRONGEST_MAKER
+from envs.benchmark.makers import AVELLANEDA_STOIKOV, GLFT, LINEAR_START
 from envs.figures import style
 from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
 from envs.market.quoting import ASK, BID, AgainstRivals
@@ -27,7 +27,7 @@ def quoting_report(folder: Path, contest: Contest) -> None:
     """
     title = contest.title
     best = contest.best
-    colours = {AVELLANEDA_STOIKOV: BASELINE, GLFT: OTHER, STRONGEST_MAKER: OTHER}
+    colours = {AVELLANEDA_STOIKOV: BASELINE, GLFT: OTHER, LINEAR_START: OTHER}
     colours.pop(best, None)
     colours[best] = OPTIMUM  # the last
     curve = read_metrics(folder / "metrics.csv")
@@ -43,7 +43,7 @@ def quoting_report(folder: Path, contest: Contest) -> None:
     episodes = len(contest.played["agent"]["pnl"])
     style.pnl_distributions(folder / "pnl.png", pnls, f"{title}: P&L on the same {episodes:,} episodes")
     if contest.sweep is not None:
-        also = {STRONGEST_MAKER: colours[STRONGEST_MAKER]}
+        also = {LINEAR_START: colours[LINEAR_START]}
         rival_sweep(folder / "rival_sweep.png", contest.sweep, {**drawn, **also}, title)
     if contest.dates is not None:
         style.advantage_by_date(folder / "advantage_by_date.png", contest)

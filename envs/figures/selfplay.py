@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from envs.benchmark.contest import Contest
 from envs.benchmark.league import Competition, CrossPlay
-from envs.benchmark.makers import AVELLANEDA_STOIKOV, STRONGEST_MAKER
+from envs.benchmark.makers import AVELLANEDA_STOIKOV, LINEAR_START
 from envs.figures import style
 from envs.figures.quoting import quoting_episode, quoting_report
 from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
@@ -129,7 +129,7 @@ def _snapshot_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
     names = league.names
     snapshots = [name for name in names if name.startswith("step ")] + ["agent"]
     rows = [names.index(name) for name in snapshots]
-    styles = {AVELLANEDA_STOIKOV: (BASELINE, "s--"), STRONGEST_MAKER: (OTHER, "^:"), "agent": (AGENT, "o-")}
+    styles = {AVELLANEDA_STOIKOV: (BASELINE, "s--"), LINEAR_START: (OTHER, "^:"), "agent": (AGENT, "o-")}
     for name, (colour, line) in styles.items():
         own = league.share[rows, names.index(name)]
         others = league.others_share[rows, names.index(name)]

@@ -53,6 +53,10 @@ class Dynamics:
         """One step: variance (n,), noise (n, noise_size) → log-return (n,), next variance (n,); E[e^log-return] = 1."""
         raise NotImplementedError
 
+    def step_from(self, step: Tensor, spot: Tensor, variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """`step` of a model that also depends on the time and the spot (over the initial one): here it does not."""
+        return self.step(variance, noise)
+
     def expected_average_variance(self, variance: Tensor, num_steps: Tensor | int) -> Tensor:
         """E[average annualised variance of the next `num_steps` steps | variance], the square of the mark's volatility.
 
@@ -62,7 +66,9 @@ class Dynamics:
 
     def variance_slope(self, steps_left: Tensor) -> Tensor:
         """∂/∂v of `expected_average_variance`, which is affine in v; of the shape of `steps_left`."""
-        zero = torch.zeros_like(steps_left)
+        # A variance is no whole number, though a number of steps may be one
+        dtype = steps_left.dtype if steps_left.is_floating_point() else torch.get_default_dtype()
+        zero = torch.zeros_like(steps_left, dtype=dtype)
         return self.expected_average_variance(zero + 1.0, steps_left) - self.expected_average_variance(zero, steps_left)
 
     def smile(self, strike: Tensor, expiry: Tensor) -> "Smile":
@@ -109,7 +115,10 @@ class Smile:
     Attributes:
         dynamics: the model.
         strike, expiry: (num_options,) over the initial spot, and in steps from the start.
+        is_fair: whether these are the volatilities at which the options are worth their fair value.
     """
+
+    is_fair = False
 
     def __init__(self, dynamics: Dynamics, strike: Tensor, expiry: Tensor):
         self.dynamics = dynamics

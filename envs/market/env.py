@@ -48,18 +48,20 @@ class MarketEnv(VectorEnv):
                 return {**super().action_bounds(), "premium": (-1.0, 1.0)}
 
             def to_edges(self, actions):
-                premium = self.by_name(actions)["premium"]
-                return super().to_edges(actions) + torch.stack((premium, torch.zeros_like(premium)), -1)
+                premium = self.by_name(actions)["premium"][..., None]  # on the asks of all options
+                return super().to_edges(actions) + torch.stack((premium, torch.zeros_like(premium)), -2)
 
     An observation should be of order one: agents do not stretch a column whose standard deviation is below 0.01. The
-    method that uses a number of an action finds it by name (`by_name`). A policy returns the numbers in the order of
-    `action_bounds`, or by name through `to_action`. A subclass with arguments of its own adds them to `settings` in its
+    method that uses a number of an action finds it by name (`by_name`); one name may stand for several numbers, such as
+    the asks of all options. A policy returns the numbers in the order of `action_bounds`, or by name through
+    `to_action`. A subclass with arguments of its own adds them to `settings` in its
     constructor, for `like`.
 
     Attributes:
         settings: arguments of the constructor.
         columns: name of a part of the observation → slice of its columns.
-        bounds: name of a number of an action → its lowest and highest value in the action space.
+        action_columns: name in an action → its column, or the slice of its columns if it stands for several numbers.
+        action_size: numbers of one agent's action.
         t: steps made so far.
         generator: source of all randomness; random until `reset(seed=…)`.
     """
@@ -70,19 +72,28 @@ class MarketEnv(VectorEnv):
         """The parts of an observation by name, in order."""
         raise NotImplementedError
 
-    def action_bounds(self) -> dict[str, tuple[float, float]]:
-        """The numbers of an action by name, in order, each with its lowest and highest value in the action space."""
+    def action_bounds(self) -> dict[str, tuple[float, float] | tuple[float, float, int]]:
+        """The numbers of an action by name, in order: lowest and highest value in the action space, and how many
+        numbers the name stands for. A name without a count is one number, without an axis of its own."""
         raise NotImplementedError
 
     def _read_tables(self) -> tuple[gym.spaces.Box, gym.spaces.Box]:
-        """Sets `columns` and `bounds`; returns the spaces of one agent's observation and action."""
+        """Sets `columns` and `action_columns`; returns the spaces of one agent's observation and action."""
         self.parts = self.observation_parts()
         ends = list(accumulate((part.width for part in self.parts.values()), initial=0))
         self.columns = dict(zip(self.parts, map(slice, ends[:-1], ends[1:]), strict=True))
-        self.bounds = self.action_bounds()
-        low, high = zip(*self.bounds.values(), strict=True)
         observation = gym.spaces.Box(-np.inf, np.inf, (ends[-1],), np.float32)
-        return observation, gym.spaces.Box(np.array(low, np.float32), np.array(high, np.float32), dtype=np.float32)
+        self.action_columns = {}
+        lows = []
+        highs = []
+        for name, (low, high, *count) in self.action_bounds().items():
+            first = len(lows)
+            lows += [low] * (count[0] if count else 1)
+            highs += [high] * (count[0] if count else 1)
+            self.action_columns[name] = slice(first, len(lows)) if count else first
+        self.action_size = len(lows)
+        low, high = np.array(lows, np.float32), np.array(highs, np.float32)
+        return observation, gym.spaces.Box(low, high, dtype=np.float32)
 
     def _set_spaces(self, observation: gym.spaces.Box, action: gym.spaces.Box) -> None:
         """Sets the spaces from those of one environment."""
@@ -139,29 +150,40 @@ class MarketEnv(VectorEnv):
         """A part of one column (…) of observations (…, size)."""
         return observation[..., self.columns[name].start]
 
+    def action_names(self) -> list[str]:
+        """A name for every column of an action, for messages: "target", "ask 0", "ask 1" …"""
+        names = []
+        for name, column in self.action_columns.items():
+            names += [name] if isinstance(column, int) else [f"{name} {i}" for i in range(column.stop - column.start)]
+        return names
+
     def check_columns(self, actions: Tensor) -> None:
-        """Raises ValueError if `actions` (…, size) have another number of columns than `action_bounds` has rows."""
-        if actions.shape[-1] != len(self.bounds):
-            names = ", ".join(self.bounds)
-            raise ValueError(f"actions have {actions.shape[-1]} columns ({len(self.bounds)}: {names})")
+        """Raises ValueError if `actions` (…, size) have another number of columns than `action_bounds` says."""
+        if actions.shape[-1] != self.action_size:
+            names = ", ".join(self.action_columns)
+            raise ValueError(f"actions have {actions.shape[-1]} columns ({self.action_size}: {names})")
 
     def by_name(self, actions: Tensor) -> dict[str, Tensor]:
-        """Actions (…, size) → each of their numbers (…) by name.
+        """Actions (…, size) → their numbers by name, (…), or (…, count) where a name stands for several.
 
         Raises:
             ValueError: `actions` have another number of columns.
         """
         self.check_columns(actions)
-        return dict(zip(self.bounds, actions.unbind(-1), strict=True))
+        return {name: actions[..., column] for name, column in self.action_columns.items()}
 
     def to_action(self, **numbers: Tensor | float) -> Tensor:
-        """Actions (…, size) from their numbers by name, one of them at least a tensor (…); those not named are 0.
+        """Actions (…, size) from their numbers by name, one of them at least a tensor; those not named are 0.
 
-        So a policy that knows the numbers of this environment also works in a subclass that has more.
+        A tensor is (…), or (…, count) for a name that stands for several numbers; a number fills its columns. So a
+        policy that knows the numbers of this environment also works in a subclass that has more.
         """
-        unknown = numbers.keys() - self.bounds.keys()
+        unknown = numbers.keys() - self.action_columns.keys()
         if unknown:
-            raise ValueError(f"an action has no {', '.join(sorted(unknown))} (only {', '.join(self.bounds)})")
-        example = next(x for x in numbers.values() if isinstance(x, Tensor))
-        values = [numbers.get(name, 0.0) for name in self.bounds]
-        return torch.stack([x if isinstance(x, Tensor) else torch.full_like(example, x) for x in values], -1)
+            raise ValueError(f"an action has no {', '.join(sorted(unknown))} (only {', '.join(self.action_columns)})")
+        name, example = next((name, x) for name, x in numbers.items() if isinstance(x, Tensor))
+        batch = example.shape if isinstance(self.action_columns[name], int) else example.shape[:-1]
+        action = example.new_zeros(*batch, self.action_size)
+        for name, value in numbers.items():
+            action[..., self.action_columns[name]] = value
+        return action

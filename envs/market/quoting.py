@@ -2,16 +2,22 @@
 
 In every step each maker quotes a bid and an ask on every option, takers arrive and trade with a maker or walk away,
 every maker hedges the delta of its book at a cost, and then the market moves: quote → fills → hedge → move. With
-W = cash + shares + options marked at Black–Scholes, ΔW its change as the market moves, and income the edge over the
-mark that the step's fills have earned, a maker's reward is
+W = cash + shares + options at their fair value, ΔW its change as the market moves, and income the edge over the fair
+value that the step's fills have earned, a maker's reward is
 
     r_t = income_t + ΔW_t − cost_t − ½ · risk_aversion · ΔW_t²          (Kolm & Ritter 2019, eq. 7),
 
 so risk is that of the inventory, not of the earned edge. The episode ends before the options expire: the book is marked
 and the hedge unwound at cost.
+
+An option has two prices. Its *reference price* is what a Black–Scholes maker believes: one volatility, the root of the
+expected average variance, for all strikes. Its *fair value* is the expectation of its payoff under the model of the
+underlying, so the smile that this model has is the difference between the two. Quotes are edges over the reference
+price; most takers compare them with it, and informed ones with the fair value.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Self
 
 import gymnasium as gym
@@ -24,12 +30,14 @@ from envs.market import black_scholes
 from envs.market.black_scholes import normal_cdf
 from envs.market.dynamics import Dynamics, Heston, draw_noise
 from envs.market.env import MarketEnv, Part
-from envs.market.hedging import Policy, nearest_in_band
+from envs.market.fair import known_premium_table
+from envs.market.hedging import Option, Policy, nearest_in_band
 from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY, VOL_POINT
 
 Tensor = torch.Tensor
-ASK, BID = 0, 1  # takers buy at the ask and sell at the bid: the last axis of quotes, takers and fills
+ASK, BID = 0, 1  # takers buy at the ask and sell at the bid: the axis before the options', of quotes, takers and fills
 MAX_FLOW = 0.9  # the order flow's imbalance is cut here, so that some takers come to either side
+MIN_VEGA = 1e-3  # currency per vol point: what is divided by a vega, which vanishes far from the money, is cut here
 
 
 class BadQuote(ValueError):
@@ -42,77 +50,105 @@ class QuotingState(NamedTuple):
     step: Tensor  # steps made so far, integer
     spot: Tensor  # currency
     variance: Tensor  # annualised variance that drives the next step
-    volatility: Tensor  # implied, the mark's
-    time_to_expiry: Tensor  # years
+    volatility: Tensor  # of the reference price of the middle option
+    time_to_expiry: Tensor  # of the middle option, years
     vega: Tensor  # of the own book, currency per vol point
     net_delta: Tensor  # own, shares, before this step's fills
     flow: Tensor  # moving average of takers' buys less sells, per expected taker
-    rivals: Tensor  # (n, num_makers − 1, 2) their last ask and bid edge, vol points
+    rivals: Tensor  # (n, num_makers − 1, 2, num_options) their last ask and bid edges, vol points
     position: Tensor  # (n, num_options) own, + long
 
 
+def moneyness_grid(
+    moneyness: Sequence[float], expiries: Sequence[int], dt: float, spot: float = 100.0
+) -> list[Option]:
+    """One option for every moneyness z and expiry: strike spot · exp(z · 0.2 · √T), the option out of the money.
+
+    Args:
+        moneyness: z, increasing: distance from the money in standard deviations of a volatility of 20 %.
+        expiries: increasing, steps from the start.
+        dt: years of a step.
+
+    Raises:
+        ValueError: moneyness or expiries empty or not increasing.
+    """
+    for name, values in (("moneyness", moneyness), ("expiries", expiries)):
+        if len(values) == 0 or any(a >= b for a, b in pairwise(values)):
+            raise ValueError(f"{name} are {', '.join(f'{x:g}' for x in values) or 'none'} (one or more, increasing)")
+    return [
+        Option(float(spot * np.exp(z * REFERENCE_VOLATILITY * (expiry * dt) ** 0.5)), int(expiry), z >= 0)
+        for expiry in expiries
+        for z in moneyness
+    ]
+
+
 class QuotingEnv(MarketEnv):
-    """A market of `num_makers` makers in European calls of one expiry, many episodes side by side.
+    """A market of `num_makers` makers in European options, many episodes side by side.
 
     Takers: on each option, buyers and sellers arrive as Poisson processes with intensities λ(1 + f) and λ(1 − f), f an
     autoregressive imbalance (a Cox process: order flow is persistent). A taker sees every maker's quote and picks by
     multinomial logit (McFadden 1974): P(maker i) ∝ exp(−k(dᵢ − d_ref)), outside option 1, dᵢ the maker's edge on that
-    side in vol points. Each taker carries a mark, uniform in [0, 1]; the makers' intervals on it are laid out in the
-    order of their edges, best first. So every policy on the same seed meets the same takers, and swapping two makers
-    swaps their results path by path (where two quote exactly alike, the lower seat comes first).
+    side in vol points: over the fair value where the taker is informed, and over the reference price otherwise. Each
+    taker carries a mark, uniform in [0, 1]; marks below `informed_share` are the informed. On what is left of a mark
+    the makers' intervals are laid out in the order of their edges, best first. So every policy on the same seed meets
+    the same takers, and swapping two makers swaps their results path by path (where two quote exactly alike, the lower
+    seat comes first).
 
     Args:
         num_envs: episodes side by side; all start and end together.
         dynamics: model of the underlying; its `dt` is the time between quotes. Default: Heston, half a trading day.
+        options: quoted, in the order of their expiry and strike; they expire after the episode or with its end.
+            Default: five of one expiry, twice as far as the episode's end, see `moneyness_grid`.
         num_makers: makers, at least 1. All seats are alike.
         num_steps: steps of an episode.
-        expiry: step at which the options expire, at least `num_steps`.
-        moneyness: z of every option: its strike is spot · exp(z · 0.2 · √T).
         arrival_rate: λ, mean number of takers a step on each option and side.
         flow_sd, flow_half_life: standard deviation of f, and its half-life in steps.
         choice_sensitivity: k, per vol point. The larger, the more takers go to the best price.
         reference_edge: d_ref, vol points: at this edge a taker is as likely to pick a single maker as to walk away.
+        informed_share: share of the takers that compare quotes with the fair value.
+        fair_marks: False: options are worth their reference price, also to informed takers.
         spot: initial spot, currency.
         cost_rate: proportional cost of hedging per unit of currency traded.
         risk_aversion: weight of ½ΔW², 1/currency.
         privileged: every maker observes its rivals' vegas and positions too.
         device, dtype: where and in what precision everything lives.
 
-    Action (n, num_makers, actions), see `action_bounds`: half-spread h ≥ 0 and skew s in vol points, target net delta
-    and half-width ≥ 0 of a no-trade band around it in shares. The ask is quoted at an edge of h + s above the mark, the
-    bid at h − s below it, both times the option's vega (`to_edges`): a positive skew attracts sellers. After the fills
-    the holding moves to the nearest edge of the band, if the net delta is outside. A negative band counts as 0.
+    Action (n, num_makers, actions), see `action_bounds`: edges of the asks above and of the bids below the reference
+    prices, in vol points of each option's vega; then target net delta and half-width ≥ 0 of a no-trade band around it,
+    in shares (`quote` composes it). After the fills the holding moves to the nearest edge of the band, if the net delta
+    is outside. A negative band counts as 0. Deltas and vegas are those of the reference prices.
 
     Observation (n, num_makers, size), see `observation_parts`: public information and the own book.
 
     `info` holds, per step, environment and maker: `wealth_change` ΔW, `income`, `cost`, `turnover` (shares, absolute),
-    `net_delta` (shares, after hedging), `gross_delta` (Σ |position · delta|), `net_vega`, `half_spread`, `sold` and
-    `bought` (options), `fills` (both), `trades` (of all makers together) and `noise`. The noise is a part of the reward
-    whose conditional mean is zero (to first order in dt) whatever the maker does: what income, ΔW and ½ΔW² are above
-    their expectations, to first order in spot and variance. The reward without it has the same optimum and far less
-    variance.
+    `net_delta` (shares, after hedging), `gross_delta` (Σ |position · delta|), `net_vega`, `half_spread` (mean over the
+    options), `sold` and `bought` (options), `fills` (both), `trades` (of all makers together) and `noise`. The noise is
+    a part of the reward whose conditional mean is zero (to first order in dt) whatever the maker does: what income, ΔW
+    and ½ΔW² are above their expectations, to first order in spot and variance. The reward without it has the same
+    optimum and far less variance.
 
     There is no autoreset (`AutoresetMode.DISABLED`). On a CPU each step checks its actions. On a GPU a check would wait
     for the device; NaN shows up in the rewards there.
 
     Raises:
         ValueError: an argument outside its range; `BadQuote`, which is one, an action that is NaN or whose quotes cross
-            (half-spread < 0).
+            (the ask of an option below its bid).
     """
 
     def __init__(
         self,
         num_envs: int = 1,
         dynamics: Dynamics | None = None,
+        options: Sequence[Option] | None = None,
         num_makers: int = 2,
         num_steps: int = 60,
-        expiry: int = 120,
-        moneyness: Sequence[float] = (-1.0, -0.5, 0.0, 0.5, 1.0),
         arrival_rate: float = 0.5,
         flow_sd: float = 0.5,
         flow_half_life: float = 8.0,
         choice_sensitivity: float = 2.0,
         reference_edge: float = 1.0,
+        informed_share: float = 0.2,
+        fair_marks: bool = True,
         spot: float = 100.0,
         cost_rate: float = 5e-4,
         risk_aversion: float = 1.0,
@@ -120,20 +156,26 @@ class QuotingEnv(MarketEnv):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
+        dynamics = dynamics if dynamics is not None else Heston(dt=1 / 504)
+        if options is None:
+            options = moneyness_grid((-1.0, -0.5, 0.0, 0.5, 1.0), (2 * num_steps,), dynamics.dt, spot)
+        options = [Option(*option) for option in options]
         self.settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._check_settings()
         self.num_envs = num_envs
         self.num_makers = num_makers
         self.num_steps = num_steps
-        self.num_options = len(moneyness)
-        self.dynamics = dynamics if dynamics is not None else Heston(dt=1 / 504)
-        self.expiry = expiry
+        self.options = options
+        self.num_options = len(options)
+        self.dynamics = dynamics
         self.initial_spot = float(spot)
         self.arrival_rate = float(arrival_rate)
         self.flow_sd = float(flow_sd)
         self.flow_persistence = 0.5 ** (1.0 / flow_half_life)
         self.choice_sensitivity = float(choice_sensitivity)
         self.reference_edge = float(reference_edge)
+        self.informed_share = float(informed_share)
+        self.fair_marks = fair_marks
         self.cost_rate = float(cost_rate)
         self.risk_aversion = float(risk_aversion)
         self.privileged = privileged
@@ -165,38 +207,86 @@ class QuotingEnv(MarketEnv):
                 raise ValueError(f"{name} is {settings[name]} (0 or more)")
         if not abs(settings["reference_edge"]) < float("inf"):
             raise ValueError(f"reference_edge is {settings['reference_edge']} (a finite number)")
-        expiry = settings["expiry"]
-        num_steps = settings["num_steps"]
-        if not (num_steps <= expiry < float("inf") and expiry == int(expiry)):
-            raise ValueError(f"expiry is {expiry} (whole steps, at least num_steps = {num_steps})")
-        moneyness = settings["moneyness"]
-        if len(moneyness) == 0 or not all(abs(z) <= 5 for z in moneyness):
-            raise ValueError(f"moneyness is {list(moneyness)} (one or more, each at least -5, at most 5)")
+        if not 0 <= settings["informed_share"] <= 1:
+            raise ValueError(f"informed_share is {settings['informed_share']} (at least 0, at most 1)")
+        options = settings["options"]
+        if not options or any(b[:2] <= a[:2] for a, b in pairwise((expiry, strike) for strike, expiry, _ in options)):
+            raise ValueError("options are none or not in the order of their expiry and strike")
+        for strike, expiry, _ in options:
+            if not 0 < strike < float("inf"):
+                raise ValueError(f"strike is {strike} (more than 0)")
+            if not (settings["num_steps"] <= expiry <= settings["dynamics"].last_step and expiry == int(expiry)):
+                most = f", at most {settings['dynamics'].last_step}, where the model ends"
+                most = most if settings["dynamics"].last_step < float("inf") else ""
+                raise ValueError(f"expiry is {expiry} (whole steps, at least num_steps = {settings['num_steps']}{most})")
 
     def _set_options(self) -> None:
-        """Strikes (num_options,) and the volatilities that the options are marked at."""
+        """Tensors of the options (num_options,), and the smile that they are priced on."""
         tensor = {"device": self.device, "dtype": self.dtype}
-        root = REFERENCE_VOLATILITY * (self.expiry * self.dynamics.dt) ** 0.5
-        strikes = [self.settings["spot"] * np.exp(z * root) for z in self.settings["moneyness"]]
-        self.strike = torch.tensor(strikes, **tensor)
-        expiry = torch.full((1,), float(self.expiry), **tensor)
-        self.smile = self.dynamics.smile(self.strike / self.initial_spot, expiry)
+        expiries = [option.expiry for option in self.options]
+        self.strike = torch.tensor([option.strike for option in self.options], **tensor)
+        self.is_call = torch.tensor([option.is_call for option in self.options], device=self.device)
+        # One number stands for all expiries that are alike, so that what depends on it is computed once
+        self.expiry = torch.tensor(expiries if len(set(expiries)) > 1 else expiries[:1], **tensor)
+        self.smile = self.dynamics.smile(self.strike / self.initial_spot, self.expiry)
+        # The option nearest to the money at each option's expiry, and at the expiry in the middle
+        distance = [abs(np.log(option.strike / self.initial_spot)) for option in self.options]
+        nearest = {expiry: [i for i in range(self.num_options) if expiries[i] == expiry] for expiry in expiries}
+        nearest = {expiry: min(among, key=distance.__getitem__) for expiry, among in nearest.items()}
+        self.at_the_money = [nearest[expiry] for expiry in expiries]
+        self.middle = nearest[expiries[self.num_options // 2]]
+        self.premiums = None
+        if self.fair_marks and not self.smile.is_fair:
+            table = known_premium_table(self.dynamics, min(expiries) - self.num_steps, max(expiries))
+            self.premiums = table.to(**tensor)
+
+    def of_middle(self, values: Tensor) -> Tensor:
+        """Values (…, 1 or num_options) of the options → (…) of the middle option."""
+        return values[..., self.middle if values.shape[-1] > 1 else 0]
+
+    def reference_volatility(self, step: Tensor, spot: Tensor, variance: Tensor) -> Tensor:
+        """Volatility of the reference prices, the same for all strikes: step, spot (over the initial one) and variance,
+        which broadcast to (…) → (…, 1 or num_options)."""
+        volatility = self.smile.volatility(step, spot, variance)
+        return volatility[..., self.at_the_money] if self.smile.is_fair else volatility
+
+    def premium_at(self, step: Tensor, spot: Tensor, variance: Tensor) -> Tensor:
+        """Fair value less reference price of the options, and its derivatives in spot and in variance, currency.
+
+        Step, spot (over the initial one) and variance, which broadcast to (…) → (…, num_options, 3).
+        """
+        if not self.fair_marks:
+            shape = torch.broadcast_shapes(step.shape, spot.shape, variance.shape)
+            return spot.new_zeros(*shape, self.num_options, 3)
+        steps_left = self.expiry - step[..., None]
+        if self.smile.is_fair:
+            volatility = self.smile.volatility(step, spot, variance)
+            arguments = (self.initial_spot * spot[..., None], self.strike, steps_left * self.dynamics.dt)
+            fair, reference = (
+                black_scholes.greeks(*arguments, sigma) for sigma in (volatility, volatility[..., self.at_the_money])
+            )
+            return torch.stack((fair.price - reference.price, fair.delta - reference.delta, 0.0 * fair.price), -1)
+        log_moneyness = (self.initial_spot * spot[..., None] / self.strike).log()
+        premium, by_log_spot, by_variance = self.premiums(steps_left, log_moneyness, variance[..., None]).unbind(-1)
+        by_spot = by_log_spot / (self.initial_spot * spot[..., None])
+        return self.strike[:, None] * torch.stack((premium, by_spot, by_variance), -1)
 
     def _set_times(self) -> None:
-        """The times 0 … num_steps, each (num_steps + 1,)."""
+        """The times 0 … num_steps, (num_steps + 1,), and what is left to the options' expiry, (…, 1 or num_options)."""
         steps = torch.arange(self.num_steps + 1, device=self.device)
+        self.times = steps.to(self.dtype)
         self.time_left = 1.0 - steps / self.num_steps  # share of the episode
-        self.steps_left = self.expiry - steps.to(self.dtype)  # to expiry
+        self.steps_left = self.expiry - self.times[:, None]  # to expiry
         self.time_to_expiry = self.steps_left * self.dynamics.dt  # years
 
     def observation_parts(self) -> dict[str, Part]:
         """Public information, the own book, the rivals' last quotes and, with `privileged`, the rivals' books.
 
-        "moneyness" is ln(S/S₀)/(σ√τ), "log implied volatility" ln(σ/20 %). "net vega" is in currency per vol point,
-        "net delta" in shares. "vega risk" is what one standard deviation of the volatility's own (unhedgeable) move in
+        "moneyness" is ln(S/S₀)/(σ√τ), "log implied volatility" ln(σ/20 %), of the middle option's reference price. "net
+        vega" is in currency per vol point, "net delta" in shares. "vega risk" is what one standard deviation of the volatility's own (unhedgeable) move in
         the next step is worth to the book, currency. "order flow" is a moving average of takers' buys less sells, per
-        taker expected. "rival edges" are the rivals' last ask and bid edge in vol points, next seat first (before any
-        quote: d_ref).
+        taker expected. "rival edges" are the rivals' last edges in vol points, next seat first and of each the asks
+        first (before any quote: d_ref).
         """
 
         def path(values: Callable[[QuotingEnv], Tensor]) -> Part:
@@ -206,14 +296,14 @@ class QuotingEnv(MarketEnv):
         rivals = self.num_makers - 1
         parts = {
             "time left": path(lambda env: env.time_left[:, None]),
-            "√τ": path(lambda env: env.time_to_expiry.sqrt()[:, None]),
+            "√τ": path(lambda env: env.of_middle(env.time_to_expiry).sqrt()[:, None]),
             "moneyness": path(lambda env: env.scaled_log_spot),
             "log implied volatility": path(lambda env: env.log_volatility),
             "net vega": Part(1, lambda env: env.net_vega[..., None]),
             "net delta": Part(1, lambda env: env.net_delta[..., None]),
             "vega risk": Part(1, lambda env: (env.net_vega * env.residual_sd[env.t][:, None])[..., None]),
             "order flow": Part(1, lambda env: env.flow[:, None, None]),
-            "rival edges": Part(2 * rivals, lambda env: env.edges[:, env.rivals].flatten(2)),
+            "rival edges": Part(2 * rivals * self.num_options, lambda env: env.edges[:, env.rivals].flatten(2)),
             "positions": Part(self.num_options, lambda env: env.position),
         }
         if self.privileged:
@@ -222,9 +312,32 @@ class QuotingEnv(MarketEnv):
             parts["rival positions"] = Part(width, lambda env: env.position[:, env.rivals].flatten(2))
         return parts
 
-    def action_bounds(self) -> dict[str, tuple[float, float]]:
-        """Half-spread and skew of the quotes, vol points; target net delta and half-width of its band, shares."""
-        return {"half_spread": (0.0, 5.0), "skew": (-5.0, 5.0), "target": (-5.0, 5.0), "band": (0.0, 5.0)}
+    def action_bounds(self) -> dict[str, tuple]:
+        """Edges of asks and bids over the reference prices, vol points; target net delta and half-width of its band,
+        shares."""
+        edges = (-10.0, 10.0, self.num_options)
+        return {"ask": edges, "bid": edges, "target": (-5.0, 5.0), "band": (0.0, 5.0)}
+
+    def quote(
+        self,
+        half_spread: Tensor,
+        skew: Tensor | float = 0.0,
+        tilt: Tensor | float = 0.0,
+        target: Tensor | float = 0.0,
+        band: Tensor | float = 0.0,
+    ) -> Tensor:
+        """The action (n, actions) that asks half_spread + skew + tilt and bids half_spread − skew − tilt.
+
+        Args:
+            half_spread: (n,) of all options or (n, num_options), vol points.
+            skew: (n,) vol points; a positive one moves all quotes up, so it attracts sellers.
+            tilt: (num_options,) or (n, num_options), the same for each option.
+            target, band: (n,) net delta and half-width of the band around it, shares.
+        """
+        if half_spread.dim() == 1:
+            half_spread = half_spread[:, None].expand(-1, self.num_options)
+        up = tilt + (skew[:, None] if isinstance(skew, Tensor) else skew)
+        return self.to_action(ask=half_spread + up, bid=half_spread - up, target=target, band=band)
 
     @property
     def noise_size(self) -> int:
@@ -299,32 +412,38 @@ class QuotingEnv(MarketEnv):
         self._join_parts()
 
     def _value_options(self) -> None:
-        """Marks and Greeks of the options, moneyness and implied volatility of the observation."""
+        """Prices and Greeks of the options, moneyness and implied volatility of the observation."""
+        spot = self.spot / self.initial_spot
+        volatility = self.reference_volatility(self.times[:, None], spot, self.variance)  # (…, 1 or num_options)
+        self.volatility = self.of_middle(volatility)
         time_to_expiry = self.time_to_expiry[:, None]
-        steps = self.expiry - self.steps_left[:, None]  # made so far
-        volatility = self.smile.volatility(steps, self.spot / self.initial_spot, self.variance)  # (…, 1 or num_options)
-        self.volatility = volatility[..., volatility.shape[-1] // 2]
-        greeks = black_scholes.greeks(self.spot[..., None], self.strike, time_to_expiry[..., None], volatility)
-        self.mark = greeks.price
+        greeks = black_scholes.greeks(self.spot[..., None], self.strike, time_to_expiry, volatility, self.is_call)
+        self.reference = greeks.price
         self.delta = greeks.delta
-        self.gamma = torch.where(time_to_expiry[..., None] > 0, greeks.gamma, 0.0)  # ∞ at expiry at the money
+        self.gamma = torch.where(time_to_expiry > 0, greeks.gamma, 0.0)  # ∞ at expiry at the money
         self.vega = VOL_POINT * greeks.vega  # per vol point
-        self.total_vega = self.vega.sum(-1)
+        premium, fair_delta, fair_slope = self.premium_at(self.times[:, None], spot, self.variance).unbind(-1)
+        self.mark = self.reference + premium
+        self.premium = torch.stack((premium, -premium), -2)  # what the seller and the buyer of an option give away
+        self.gap = self.premium / self.vega.clamp(min=MIN_VEGA)[..., None, :]  # the same in vol points
+        self.fair_delta = self.delta + fair_delta
+        # ∂mark/∂v; that of the reference price is 100 · vega · ∂σ/∂v
+        slope = volatility_slope(self.dynamics, volatility, self.steps_left[:, None])
+        self.fair_slope = self.vega * slope + fair_slope
+        middle_time = self.of_middle(self.time_to_expiry)[:, None]
         log_spot = black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.initial_spot))
-        self.scaled_log_spot = log_spot / (self.volatility * time_to_expiry.clamp(min=0.5 * self.dynamics.dt).sqrt())
+        self.scaled_log_spot = log_spot / (self.volatility * middle_time.clamp(min=0.5 * self.dynamics.dt).sqrt())
         self.log_volatility = torch.log(self.volatility / REFERENCE_VOLATILITY)
 
     def _set_moments(self) -> None:
         """Moments of each step's spot and variance, for the vega risk and for `_surprise`."""
         dynamics = self.dynamics
-        steps_left = self.steps_left[:, None]
-        # ∂mark/∂v = 100 · vega · ∂σ/∂v, the same ∂σ/∂v for all options
-        self.volatility_slope = volatility_slope(dynamics, self.volatility, steps_left)
         mean, self.next_variance_variance = dynamics.next_variance_moments(self.variance)
         self.variance_surprise = self.variance[1:] - mean[:-1]
         self.covariance = dynamics.return_volatility_covariance(self.variance) * self.variance * dynamics.dt
         self.return_variance = dynamics.return_variance(self.variance)
-        self.residual_sd = hedged_volatility_variance(dynamics, self.variance, steps_left).sqrt() * dynamics.dt**0.5
+        middle = self.of_middle(self.steps_left)[:, None]
+        self.residual_sd = hedged_volatility_variance(dynamics, self.variance, middle).sqrt() * dynamics.dt**0.5
 
     def replay(self) -> tuple[Tensor, dict]:
         """Starts the same episodes again, every maker with nothing. Returns observation and an empty info."""
@@ -335,7 +454,7 @@ class QuotingEnv(MarketEnv):
         self.cash = torch.zeros(shape, **tensor)
         self.flow = torch.zeros(self.num_envs, **tensor)
         self.position = torch.zeros((*shape, self.num_options), **tensor)
-        self.edges = torch.full((*shape, 2), self.reference_edge, **tensor)
+        self.edges = torch.full((*shape, 2, self.num_options), self.reference_edge, **tensor)
         return self.observe(), {}
 
     def observe(self) -> Tensor:
@@ -348,7 +467,7 @@ class QuotingEnv(MarketEnv):
         """Observation of one maker (n, size) → its natural units."""
         step = torch.round((1.0 - self.column(observation, "time left")) * self.num_steps)
         volatility = REFERENCE_VOLATILITY * self.column(observation, "log implied volatility").exp()
-        scale = volatility * ((self.expiry - step).clamp(min=0.5) * self.dynamics.dt).sqrt()
+        scale = volatility * ((self.of_middle(self.expiry) - step).clamp(min=0.5) * self.dynamics.dt).sqrt()
         spot = (self.column(observation, "moneyness") * scale).exp()  # over the initial one
         variance = self.smile.variance(step, spot, volatility)
         return QuotingState(
@@ -360,30 +479,57 @@ class QuotingEnv(MarketEnv):
             vega=self.column(observation, "net vega"),
             net_delta=self.column(observation, "net delta"),
             flow=self.column(observation, "order flow"),
-            rivals=observation[:, self.columns["rival edges"]].unflatten(-1, (-1, 2)),
+            rivals=observation[:, self.columns["rival edges"]].unflatten(-1, (-1, 2, self.num_options)),
             position=observation[:, self.columns["positions"]],
         )
 
+    def vegas_at(self, state: QuotingState) -> Tensor:
+        """Vegas (n, num_options) of the reference prices, currency per vol point, at least `MIN_VEGA`."""
+        volatility = self.reference_volatility(state.step, state.spot / self.initial_spot, state.variance)
+        time_to_expiry = (self.expiry - state.step[:, None]) * self.dynamics.dt
+        arguments = (state.spot[:, None], self.strike, time_to_expiry, volatility)
+        return (VOL_POINT * black_scholes.vega(*arguments)).clamp(min=MIN_VEGA)
+
+    def gap_at(self, state: QuotingState) -> Tensor:
+        """(Fair value − reference price)/vega (n, num_options), vol points."""
+        premium = self.premium_at(state.step, state.spot / self.initial_spot, state.variance)[..., 0]
+        return premium / self.vegas_at(state)
+
     def to_edges(self, actions: Tensor) -> Tensor:
-        """Actions (…, actions) → edges of the ask and of the bid (…, 2), vol points."""
+        """Actions (…, actions) → edges of the asks and of the bids over the reference prices (…, 2, num_options)."""
         action = self.by_name(actions)
-        ask = action["half_spread"] + action["skew"]
-        bid = action["half_spread"] - action["skew"]
-        return torch.stack((ask, bid), -1)
+        return torch.stack((action["ask"], action["bid"]), -2)
 
     def choice_probabilities(self, edges: Tensor) -> Tensor:
-        """P(a taker picks each maker): edges (n, num_makers, 2) in vol points → the same shape; the rest walk away."""
+        """P(a taker picks each maker): edges (n, num_makers, …) in vol points → the same shape; the rest walk away."""
         utility = -self.choice_sensitivity * (edges - self.reference_edge)
         return torch.cat((utility, torch.zeros_like(utility[:, :1])), 1).softmax(1)[:, :-1]
 
-    def _fills(self, edges: Tensor, probabilities: Tensor) -> Tensor:
+    def taker_kinds(self, edges: Tensor) -> list[tuple[float, Tensor]]:
+        """The kinds of takers: their share, and P(one of them picks each maker) at edges (n, num_makers, 2,
+        num_options) in this step. The informed come first."""
+        kinds = []
+        if self.informed_share > 0:
+            over_fair_value = edges - self.gap[self.t][:, None]
+            kinds.append((self.informed_share, self.choice_probabilities(over_fair_value)))
+        if self.informed_share < 1:
+            kinds.append((1.0 - self.informed_share, self.choice_probabilities(edges)))
+        return kinds
+
+    def _fills(self, edges: Tensor, kinds: list[tuple[float, Tensor]]) -> Tensor:
         """Number of takers who trade with each maker, (n, num_makers, 2, num_options)."""
         # The best price has the first interval of marks, the next the second, …
         order = edges.argsort(dim=1, stable=True)
-        bounds = probabilities.gather(1, order).cumsum(1)[..., None, None]
-        below = (self.marks[self.t][:, None] < bounds).sum(-1, dtype=self.dtype)
-        served = below.diff(dim=1, prepend=torch.zeros_like(below[:, :1]))
-        return torch.zeros_like(served).scatter(1, order[..., None].expand_as(served), served)
+        marks = self.marks[self.t][:, None]
+        served = 0.0
+        first = 0.0  # where the kind's marks begin
+        for share, probabilities in kinds:
+            bounds = first + share * probabilities.gather(1, order).cumsum(1)
+            below = (marks < bounds[..., None]).sum(-1, dtype=self.dtype)
+            before = (marks < first).sum(-1, dtype=self.dtype) if first > 0 else torch.zeros_like(below[:, :1])
+            served = served + below.diff(dim=1, prepend=before)
+            first += share
+        return torch.zeros_like(served).scatter(1, order, served)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
         """Quotes, fills, hedges, then moves the market.
@@ -396,7 +542,7 @@ class QuotingEnv(MarketEnv):
 
         Raises:
             RuntimeError: the episode is over; call `reset`.
-            BadQuote: on a CPU, an action that is not finite, or a half-spread below 0.
+            BadQuote: on a CPU, an action that is not finite, or quotes that cross.
         """
         self._check_running()
         if self.device.type == "cpu":
@@ -410,7 +556,7 @@ class QuotingEnv(MarketEnv):
         net_delta, turnover, cost = self._hedge(option_delta.sum(-1), action["target"], action["band"])
         move = (self.spot[t + 1] - self.spot[t])[:, None]
         wealth_change = self.holding * move + (self.position * (self.mark[t + 1] - self.mark[t])[:, None]).sum(-1)
-        noise = income - expected_income + self._surprise(net_delta, vega, move)
+        noise = income - expected_income + self._surprise(move)
         self.t = t + 1
         done = self.t == self.num_steps
         if done:
@@ -427,7 +573,7 @@ class QuotingEnv(MarketEnv):
             "net_delta": net_delta,
             "gross_delta": option_delta.abs().sum(-1),
             "net_vega": vega,
-            "half_spread": action["half_spread"],
+            "half_spread": self.edges.mean((-1, -2)),
             "sold": self.fills[:, :, ASK].sum(-1),
             "bought": self.fills[:, :, BID].sum(-1),
             "fills": self.fills.sum((-1, -2)),
@@ -439,17 +585,19 @@ class QuotingEnv(MarketEnv):
     def _trade_with_takers(self) -> tuple[Tensor, Tensor]:
         """Fills the step's takers at the makers' edges. Returns income and expected income (n, num_makers)."""
         t = self.t
-        probabilities = self.choice_probabilities(self.edges)
-        self.fills = self._fills(self.edges, probabilities)
-        income = ((self.fills * self.vega[t][:, None, None]).sum(-1) * self.edges).sum(-1)
-        per_vega = (probabilities * self.intensity[t][:, None] * self.edges).sum(-1)
+        kinds = self.taker_kinds(self.edges)
+        self.fills = self._fills(self.edges, kinds)
+        earned = self.edges * self.vega[t][:, None, None] - self.premium[t][:, None]  # by each fill
+        income = (self.fills * earned).sum((-1, -2))
+        probabilities = sum(share * probabilities for share, probabilities in kinds)
+        expected_income = ((probabilities * earned).sum(-1) * self.intensity[t][:, None]).sum(-1)
         bought = self.fills[:, :, BID] - self.fills[:, :, ASK]
         self.position = self.position + bought
         self.cash = self.cash + income - (bought * self.mark[t][:, None]).sum(-1)
         trades = self.fills.sum(1)  # of all makers
         imbalance = (trades[:, ASK] - trades[:, BID]).sum(-1) / (2.0 * self.num_options * self.arrival_rate)
         self.flow = self.flow_persistence * self.flow + (1.0 - self.flow_persistence) * imbalance
-        return income, per_vega * self.total_vega[t][:, None]
+        return income, expected_income
 
     def _hedge(self, option_delta: Tensor, target: Tensor, band: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Trades shares. Returns net delta after it, shares traded (absolute) and their cost, all (n, num_makers)."""
@@ -471,39 +619,42 @@ class QuotingEnv(MarketEnv):
         self.holding = torch.zeros_like(self.holding)
         return shares, cost
 
-    def _surprise(self, net_delta: Tensor, vega: Tensor, move: Tensor) -> Tensor:
+    def _surprise(self, move: Tensor) -> Tensor:
         """The part of ΔW − ½ · risk_aversion · ΔW² that a step's spot and variance explain, less its expectation.
 
-        To first order ΔW is L = net delta · ΔS + ∂W/∂v · (v' − E v'), whose mean and mean square are known. To second
-        order in the spot, ½Γ(ΔS² − E ΔS²) is added.
+        To first order ΔW is L = ∂W/∂S · ΔS + ∂W/∂v · (v' − E v'), whose mean and mean square are known. To second order
+        in the spot, ½Γ(ΔS² − E ΔS²) is added.
         """
         t = self.t
-        slope = vega * self.volatility_slope[t][:, None]  # ∂W/∂v
+        delta = self.holding + (self.position * self.fair_delta[t][:, None]).sum(-1)  # ∂W/∂S
+        slope = (self.position * self.fair_slope[t][:, None]).sum(-1)  # ∂W/∂v
         square = self.spot[t][:, None] ** 2 * self.return_variance[t][:, None]  # E ΔS²
-        linear = net_delta * move + slope * self.variance_surprise[t][:, None]
-        expected = net_delta**2 * square + slope**2 * self.next_variance_variance[t][:, None]
-        expected = expected + 2.0 * net_delta * slope * self.spot[t][:, None] * self.covariance[t][:, None]
+        linear = delta * move + slope * self.variance_surprise[t][:, None]
+        expected = delta**2 * square + slope**2 * self.next_variance_variance[t][:, None]
+        expected = expected + 2.0 * delta * slope * self.spot[t][:, None] * self.covariance[t][:, None]
         gamma = (self.position * self.gamma[t][:, None]).sum(-1)
         penalty = 0.5 * self.risk_aversion * (linear**2 - expected)
         return linear + 0.5 * gamma * (move**2 - square) - penalty
 
     def _check(self, actions: Tensor) -> None:
-        names = list(self.bounds)
-        wanted = (self.num_envs, self.num_makers, len(names))
+        wanted = (self.num_envs, self.num_makers, self.action_size)
         if actions.shape != wanted:
-            message = f"({wanted}: environments, makers, {len(names)})"
+            message = f"({wanted}: environments, makers, {self.action_size})"
             raise BadQuote(f"actions have the shape {tuple(actions.shape)} {message}")
         low = actions.amin((0, 1))  # NaN wherever there is one
         if not torch.isfinite(low.sum() + actions.amax()):
-            maker, number = divmod(int((~actions.isfinite()).any(0).flatten().nonzero()[0]), len(names))
-            raise BadQuote(f"{names[number]} of maker {maker} is not finite at step {self.t}")
-        half_spread = self.by_name(low)["half_spread"]
-        if half_spread < 0:
-            raise BadQuote(f"half_spread is {half_spread.item():g} at step {self.t} (0 or more, or the quotes cross)")
+            maker, number = divmod(int((~actions.isfinite()).any(0).flatten().nonzero()[0]), self.action_size)
+            raise BadQuote(f"{self.action_names()[number]} of maker {maker} is not finite at step {self.t}")
+        action = self.by_name(actions)
+        spread = (action["ask"] + action["bid"]).amin((0, 1))
+        if spread.amin() < 0:
+            option = int(spread.argmin())
+            where = f"of option {option} at step {self.t}"
+            raise BadQuote(f"ask + bid {where} are {spread[option].item():g} (0 or more, or the quotes cross)")
 
     @property
     def wealth(self) -> Tensor:
-        """(n, num_makers) cash + shares + options at their mark, costs paid."""
+        """(n, num_makers) cash + shares + options at their fair value, costs paid."""
         options = (self.position * self.mark[self.t][:, None]).sum(-1)
         return self.cash + self.holding * self.spot[self.t][:, None] + options
 
@@ -586,7 +737,7 @@ class AgainstRivals(VectorEnv):
         market.t = t
         for seat, policy in zip(self.other_seats, self.rivals, strict=True):
             market.edges[:, seat] = market.to_edges(policy(market.observe()[:, seat]))
-        middle = market.num_options // 2
+        middle = market.middle
         held = vega / market.vega[t, :, middle]
         market.position[:, self.seat, middle] = held
         market.holding[:, self.seat] = -held * market.delta[t, :, middle]

@@ -212,9 +212,12 @@ def saved_args(args_class: type, content, source: str):
     check(isinstance(content, dict), f"{source}: does not fit this script, its arguments are not a dict")
     for name, default in vars(args).items():
         value = content.get(name, default)
-        if isinstance(default, tuple) and isinstance(value, list):  # as JSON has it
+        if isinstance(value, list):  # as JSON has a tuple
             value = tuple(value)
-        fits = type(value) in (type(None), str, int, float) if default is None else type(value) is type(default)
+        fits = type(value) is type(default)
+        if default is None:
+            numbers = isinstance(value, tuple) and all(type(x) is int for x in value)
+            fits = numbers or type(value) in (type(None), str, int, float)
         if fits and isinstance(default, tuple):
             fits = all(type(x) is (type(default[0]) if default else str) for x in value)
         check(fits, f"{source}: does not fit this script, its {name} is a {type(value).__name__}")

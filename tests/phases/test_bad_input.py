@@ -179,7 +179,7 @@ def test_flags_of_phase4(capsys, tmp_path, monkeypatch, flags, message):
 @pytest.mark.parametrize("phase", [phase3, phase4])
 def test_a_market_of_another_size_than_the_maker_knows(capsys, tmp_path, monkeypatch, phase):
     args = phase.Args()
-    market = phase.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2), 1, CPU)
+    market = phase.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS), 1, CPU)
     agent = phase.Agent(market)
     content = {"phase": phase.PHASE, "args": vars(args), "agent": agent.state_dict(), "iteration": 0}
     torch.save({**content, "snapshots": {}}, tmp_path / "checkpoint.pt")

@@ -284,7 +284,7 @@ def test_captured_iterations_give_the_same_numbers(case, tmp_path, graphs):
         args.total_timesteps = 9 * args.steps_per_iteration
         market = (dynamics.GBM(),)
         if module in (phase3, phase4):
-            model = make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2)
+            model = make_model(args, dt=0.5 / TRADING_DAYS)
             market = (classics_of(module.make_market(args, model, 8, CPU)), *([{}] if module is phase4 else []))
         agent = module.train(Run(args, module.PHASE, CPU, folder=tmp_path), *market)
         agent = agent[0] if module is phase4 else agent

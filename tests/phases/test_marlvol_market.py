@@ -53,7 +53,7 @@ def test_every_phase_trades_in_it(phase, checkpoint, tmp_path, monkeypatch, quic
         env = phase.module.make_env(args, make_model(args), 512, CPU)
         policy = hedgers.constant_band(env, 0.1, hedgers.minimum_variance_delta(env))
     else:
-        model = make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2)
+        model = make_model(args, dt=0.5 / TRADING_DAYS)
         env = makers.against_rival(phase.module.make_market(args, model, 512, CPU), (0.2, 0.8))
         policy = formulas.minimum_variance_band(env.env, formulas.glft(env.env, 0.2, 0.8), 0.1)
     env.reset(seed=1)

@@ -24,7 +24,7 @@ PHASE = PHASES["phase3"]
 
 
 def model_of(args):
-    return make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2)
+    return make_model(args, dt=0.5 / TRADING_DAYS)
 
 
 def contest_of(classics, policy, episodes):

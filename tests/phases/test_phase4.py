@@ -27,7 +27,7 @@ PHASE = PHASES["phase4"]
 def make(num_envs=12, **changes):
     """Flags, the classical makers of a market, and an agent that nobody has trained."""
     args = PHASE.args(**{"num_envs": num_envs, **changes})
-    market = phase4.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS, lifetime=2), 64, CPU)
+    market = phase4.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS), 64, CPU)
     parameters = dict.fromkeys((makers.RIVAL, makers.AVELLANEDA_STOIKOV, makers.GLFT), (0.25, 0.8))
     parameters |= {makers.CONSTANT_SPREAD: (2.0,), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
     classics = makers.assemble(market, parameters, "invented")

@@ -1,0 +1,306 @@
+"""Best, competitive and agreed edges where the fair value lies off the reference price, and some takers know it.
+
+A maker quotes an edge d over the reference price of an option, in vol points of its vega. On that side the fair value
+lies a `gap` g from the reference price, so that a fill earns d − g. A share s of the takers is informed: they see d − g
+in place of d. With r the rivals' edges and c a marginal cost, a maker earns per taker
+
+    π(d) = [(1 − s) P(d; r) + s P(d − g; r − g)] (d − g − c),    P(d; r) = x(d)/(1 + x(d) + Σ x(rᵢ)),
+
+with x(d) = e^{−k(d − d_ref)}. Each kind of taker alone has one optimum in closed form, `quotes.best_response`. Both
+together can have two local maxima, so `best_edge` searches.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from envs.optimum.quotes import best_response
+
+Tensor = torch.Tensor
+
+GRID_POINTS = 16  # of the search between the optima of either kind
+NEWTON_STEPS = 6
+LEAST_DERIVATIVE = 0.1  # in these steps; at a maximum of one kind of takers it is at least 1
+ROOT_POINTS = 257  # of the search for symmetric equilibria
+REGRET_TOLERANCE = 1e-7  # relative regret up to which a common edge counts as an equilibrium
+
+
+def choice_probability(
+    edge: Tensor,
+    rivals: Tensor,
+    k: float,
+    reference_edge: float,
+    gap: Tensor | float = 0.0,
+    informed_share: Tensor | float = 0.0,
+) -> Tensor:
+    """Probability that a taker of either kind picks the maker: (1 − s) P(d; r) + s P(d − g; r − g).
+
+    Args:
+        edge: d (…), vol points.
+        rivals: r (…, number of rivals) on the same side, vol points; the number may be zero.
+        k, reference_edge: of the choice, see `QuotingEnv`; per vol point and vol points.
+        gap: g (…), vol points, how far the fair value lies from the reference price, against the maker.
+        informed_share: s (…), in [0, 1].
+
+    Returns:
+        The probability (…), all arguments broadcast.
+    """
+    gap, share = (_as_tensor(value, rivals) for value in (gap, informed_share))
+    uninformed, informed = _even_edges(rivals, k, reference_edge, gap)
+    return (1.0 - share) * (k * (uninformed - edge)).sigmoid() + share * (k * (informed - edge)).sigmoid()
+
+
+def best_edge(
+    rivals: Tensor,
+    k: float,
+    reference_edge: float,
+    gap: Tensor | float = 0.0,
+    informed_share: Tensor | float = 0.0,
+    marginal_cost: Tensor | float = 0.0,
+) -> Tensor:
+    """Edge that earns most per taker: the global argmax over d of π(d), see the top of the file.
+
+    In u = k(d − g − c) a kind of taker who picks with probability P gives u P(u), whose slope has the sign of
+    1 − u(1 − P). As u(1 − P) increases where u > 0, its one maximum is `best_response`. Every maximum of the mixture
+    therefore lies between those of the two kinds. There a grid finds the first local maximum from the left and the
+    first from the right, and Newton's method, kept in its bracket by bisection, refines both.
+
+    Args:
+        rivals, k, reference_edge, gap, informed_share: see `choice_probability`.
+        marginal_cost: c (…), vol points: the cost of a trade, to be taken from what it earns.
+
+    Returns:
+        The edge (…), vol points, all arguments broadcast; right to about 1e-6 in single precision, except where two
+        maxima merge or earn the same: there it may be off, but still earns the most up to about 1e-6 of it.
+    """
+    gap, share, cost = (_as_tensor(value, rivals) for value in (gap, informed_share, marginal_cost))
+    alone = (
+        best_response(rivals, k, reference_edge, gap + cost),
+        gap + best_response(rivals - gap[..., None], k, reference_edge, cost),
+    )
+    even = _even_edges(rivals, k, reference_edge, gap)
+    *ends, even_u, even_i, share, base = torch.broadcast_tensors(*alone, *even, share, gap + cost)
+    ends = [k * (end - base) for end in ends]
+    low = torch.minimum(*ends)
+    width = (ends[0] - ends[1]).abs()
+    takers = _Takers(k * (even_u - base), k * (even_i - base), share)
+    return base + _search(takers, low, width) / k
+
+
+class Equilibrium(NamedTuple):
+    """Symmetric equilibria in pure strategies, one for every gap.
+
+    Attributes:
+        edge: (…) vol points, the common edge from which leaving pays least.
+        regret: (…) what leaving it earns at best, max_d π(d)/π(edge) − 1; above 1e-7 it is no equilibrium.
+        count: (…) how many common edges are equilibria.
+    """
+
+    edge: Tensor
+    regret: Tensor
+    count: Tensor
+
+
+def nash_edges(num_makers: int, k: float, reference_edge: float, gap: Tensor, informed_share: float) -> Equilibrium:
+    """Common edge that is the best response to itself where `num_makers` compete, for every gap.
+
+    Where all quote d, the first-order condition is k(d − g) E[1 − P | picked] = 1. As for `best_edge`, its roots lie
+    between those of the two kinds of takers alone. A grid and bisection find them; `best_edge` then tells which of them
+    are equilibria. Where the best response jumps there may be none, so look at the regret. With 2, 3 and 5 makers, k 2,
+    d_ref 1, ten shares between 0 and 1 and gaps from −6 to 6 vol points there was always exactly one.
+
+    Args:
+        num_makers: M ≥ 2.
+        k, reference_edge, gap, informed_share: see `choice_probability`.
+    """
+    gaps = gap.double()
+    edges = _symmetric_roots(num_makers, k, reference_edge, gaps, informed_share)
+    market = (edges[..., None].expand(*edges.shape, num_makers - 1), k, reference_edge, gaps, informed_share)
+    kept = choice_probability(edges, *market) * (edges - gaps)
+    best = best_edge(*market)
+    deviating = choice_probability(best, *market) * (best - gaps)
+    regret = (deviating / kept - 1.0).clamp(min=0.0).nan_to_num(nan=math.inf)
+    least, which = regret.min(0)
+    edge = edges.gather(0, which[None])[0]
+    return Equilibrium(edge.to(gap.dtype), least.to(gap.dtype), (regret <= REGRET_TOLERANCE).sum(0))
+
+
+def monopoly_edges(num_makers: int, k: float, reference_edge: float, gap: Tensor, informed_share: float) -> Tensor:
+    """Edge (…), vol points, that `num_makers` would agree on, for every gap: argmax of what they earn together.
+
+    M makers with a common edge d are picked as one with the edge d − ln(M)/k would be. So it is the best edge of a
+    maker without rivals whose reference edge is d_ref + ln(M)/k.
+
+    Args:
+        num_makers: M ≥ 1.
+        k, reference_edge, gap, informed_share: see `choice_probability`.
+    """
+    nobody = gap.new_empty((*gap.shape, 0))
+    return best_edge(nobody, k, reference_edge + math.log(num_makers) / k, gap, informed_share)
+
+
+class EdgeTable:
+    """`nash_edges` and `monopoly_edges` on a grid of gaps, linear between its nodes and beyond.
+
+    Between two nodes on either side of a jump the edge lies between both branches.
+
+    Attributes:
+        gaps: (N,) the grid, vol points.
+        edges: (2, N) Nash and monopoly edges, vol points.
+        regret: (N,) of the Nash edges, see `Equilibrium`.
+    """
+
+    def __init__(
+        self,
+        num_makers: int,
+        k: float,
+        reference_edge: float,
+        informed_share: float,
+        largest_gap: float = 8.0,
+        num_gaps: int = 801,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        gaps = torch.linspace(-largest_gap, largest_gap, num_gaps, dtype=torch.float64)
+        equilibrium = nash_edges(num_makers, k, reference_edge, gaps, informed_share)
+        agreed = monopoly_edges(num_makers, k, reference_edge, gaps, informed_share)
+        self.largest_gap = largest_gap
+        self.gaps = gaps.to(device, dtype)
+        self.edges = torch.stack((equilibrium.edge, agreed)).to(device, dtype)
+        self.regret = equilibrium.regret.to(device, dtype)
+
+    def nash(self, gap: Tensor) -> Tensor:
+        """Nash edges (…) at the gaps (…), vol points."""
+        return self._interpolate(self.edges[0], gap)
+
+    def monopoly(self, gap: Tensor) -> Tensor:
+        """Monopoly edges (…) at the gaps (…), vol points."""
+        return self._interpolate(self.edges[1], gap)
+
+    def _interpolate(self, edges: Tensor, gap: Tensor) -> Tensor:
+        last = len(self.gaps) - 1
+        position = (gap + self.largest_gap) * (last / (2.0 * self.largest_gap))
+        index = position.floor().clamp(0, last - 1)
+        weight = position - index
+        index = index.long()
+        return torch.lerp(edges[index], edges[index + 1], weight)
+
+
+def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number becomes a tensor on the device of `like`, without a copy from the host."""
+    return value if isinstance(value, Tensor) else like.new_full((), value)
+
+
+def _even_edges(rivals: Tensor, k: float, reference_edge: float, gap: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges (…), vol points, at which half of the uninformed and half of the informed takers pick the maker.
+
+    P(d; r) = σ(k(a − d)) with a = d_ref − ln(1 + Σ x(rᵢ))/k. For the informed, who see d − g and r − g, walking away
+    weighs e^{−kg} in place of 1.
+    """
+    log_rivals = (-k * (rivals - reference_edge)).logsumexp(-1)
+    uninformed = torch.logaddexp(log_rivals, torch.zeros_like(log_rivals))
+    informed = torch.logaddexp(log_rivals, -k * gap)
+    return reference_edge - uninformed / k, reference_edge - informed / k
+
+
+class _Takers:
+    """The mixture (1 − s) σ(a₀ − u) + s σ(a₁ − u) of picking a maker whose margin is u = k(d − g − c).
+
+    All are divided by e^{shift}, the size of the larger one where both are small, lest both become zero.
+
+    Args:
+        even_u, even_i: a₀, a₁ (…), the margins at which half of either kind pick the maker.
+        share: s (…).
+    """
+
+    def __init__(self, even_u: Tensor, even_i: Tensor, share: Tensor):
+        shift = torch.maximum(even_u, even_i).clamp(max=0.0)
+        self.scale = shift.exp()
+        self.offset_u = shift - even_u
+        self.offset_i = shift - even_i
+        self.share = share
+
+    def picked(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled probabilities (…) that an uninformed and an informed taker picks the maker."""
+        by_uninformed = (self.scale + (u + self.offset_u).exp()).reciprocal()
+        by_informed = (self.scale + (u + self.offset_i).exp()).reciprocal()
+        return by_uninformed, by_informed
+
+    def profit(self, u: Tensor) -> Tensor:
+        """Scaled u [(1 − s) P + s P'] (…)."""
+        return u * torch.lerp(*self.picked(u), self.share)
+
+    def slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """f(u) = u h(u) − 1, which is zero at a maximum of the profit and below zero left of it, and its derivative.
+
+        h = E[1 − P | picked] = S₁/S₀ with S₀ = E[P], S₁ = E[P(1 − P)], S₂ = E[P(1 − P)(1 − 2P)] over the takers, and
+        h' = h² − S₂/S₀.
+        """
+        by_uninformed, by_informed = self.picked(u)
+        informed = self.share * by_informed / torch.lerp(by_uninformed, by_informed, self.share)  # of those who pick us
+        p = self.scale * by_uninformed
+        p_informed = self.scale * by_informed
+        h = torch.lerp(1.0 - p, 1.0 - p_informed, informed)
+        curvature = torch.lerp((1.0 - p) * (1.0 - 2.0 * p), (1.0 - p_informed) * (1.0 - 2.0 * p_informed), informed)
+        return u * h - 1.0, h + u * (h * h - curvature)
+
+
+def _search(takers: _Takers, low: Tensor, width: Tensor) -> Tensor:
+    """Margin u (…) of most profit in [low, low + width] (…), by a grid and Newton's method."""
+    nodes = torch.arange(GRID_POINTS, device=low.device, dtype=low.dtype).reshape(-1, *[1] * low.dim())
+    step = width / (GRID_POINTS - 1)
+    profit = takers.profit(torch.addcmul(low, nodes, step))
+    rises = (profit[1:] - profit[:-1]).sign()  # arithmetic, as `where` takes ten times as long on a CPU
+    left = (nodes[:-1] + GRID_POINTS * rises.clamp(min=0.0)).amin(0).clamp(max=GRID_POINTS - 1.0)
+    right = (nodes[1:] * rises).amax(0).clamp(min=0.0)
+    peaks = _climb(takers, low + step * torch.stack((left, right)), step)
+    profit = takers.profit(peaks)
+    return torch.where(profit[0] >= profit[1], *peaks)
+
+
+def _climb(takers: _Takers, start: Tensor, step: Tensor) -> Tensor:
+    """Local maxima (2, …) of the profit about a grid step from the starts (2, …), by Newton's method.
+
+    Every step goes uphill: near a minimum, where Newton's would go down, the derivative is bounded from below. On a
+    narrow grid rounding decides which node is highest, hence the margin.
+    """
+    margin = 0.05 + step
+    lower = (start - margin).clamp(min=0.5)  # where u(1 − P) = 1, u is at least 1
+    upper = start + margin
+    u = start
+    for _ in range(NEWTON_STEPS):
+        value, derivative = takers.slope(u)
+        u = torch.clamp(u - value / derivative.clamp(min=LEAST_DERIVATIVE), lower, upper)
+    return u
+
+
+def _symmetric_roots(num_makers: int, k: float, reference_edge: float, gap: Tensor, informed_share: float) -> Tensor:
+    """Edges (roots, …), vol points, that solve the first-order condition where all quote the same; NaN fills up.
+
+    As 0 < P < 1/M, k(d − g)(1 − P) = 1 bounds k(d − g) by 1 and M/(M − 1), for either kind and so for both.
+    """
+
+    def too_high(edge):
+        odds = (-k * (torch.stack((edge, edge - gap)) - reference_edge)).exp()
+        picked = odds / (1.0 + num_makers * odds)
+        of_kind = (1.0 - informed_share) * picked[0], informed_share * picked[1]
+        lost = of_kind[0] * (1.0 - picked[0]) + of_kind[1] * (1.0 - picked[1])
+        return k * (edge - gap) * lost > of_kind[0] + of_kind[1]
+
+    parts = torch.linspace(0.0, 1.0, ROOT_POINTS, device=gap.device, dtype=gap.dtype).reshape(-1, *[1] * gap.dim())
+    grid = gap + (1.0 + parts / (num_makers - 1.0)) / k
+    above = too_high(grid)
+    crossing = above[1:] != above[:-1]
+    num_roots = int(crossing.sum(0).max())
+    present, cell = crossing.byte().sort(dim=0, descending=True, stable=True)
+    cell = cell[:num_roots]
+    lower = grid.gather(0, cell)
+    upper = grid.gather(0, cell + 1)
+    at_lower = above.gather(0, cell)
+    for _ in range(50):
+        middle = 0.5 * (lower + upper)
+        same = too_high(middle) == at_lower
+        lower = torch.where(same, middle, lower)
+        upper = torch.where(same, upper, middle)
+    return torch.where(present[:num_roots] > 0, 0.5 * (lower + upper), math.nan)
