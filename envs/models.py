@@ -56,7 +56,6 @@ class ModelArgs:
         most = 3 / math.sqrt(self.num_steps / TRADING_DAYS)  # beyond, the spot is as good as zero at the end
         check(self.volatility <= most, f"--volatility is {self.volatility} (at most {most:.2g} over --num-steps)")
 
-
     def check_model(self, model: Dynamics) -> None:
         """Raises UsageError if the model ends before the options do."""
         last = model.last_step
@@ -137,9 +136,10 @@ class QuotingArgs(HestonArgs):
         """Raises UsageError if the model ends before the options do."""
         last = model.last_step
         if self.expiries is None:
-            allowed = f"at most {last // 2 if last < math.inf else last}: options expire after twice that, and the smile ends"
+            allowed = f"at most {last // 2}: options expire after twice that, and the smile ends"
             check(2 * self.num_steps <= last, f"--num-steps is {self.num_steps} ({allowed})")
-        check(self.expiry_steps[-1] <= last, f"--expiries ends at {self.expiry_steps[-1]} (at most {last}, where the smile ends)")
+        end = self.expiry_steps[-1]
+        check(end <= last, f"--expiries ends at {end} (at most {last}, where the smile ends)")
 
     def check(self) -> None:
         """Raises UsageError for the first argument that cannot work."""

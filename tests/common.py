@@ -1,11 +1,13 @@
 """What the tests share: models, a book, and the smallest run of every phase."""
 
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn as nn
 
 import phase0_marlvol_calibration as phase0
 import phase1_delta_hedge_ppo as phase1
@@ -14,7 +16,9 @@ import phase3_spread_vs_bs as phase3
 import phase4_selfplay as phase4
 from envs import HedgingEnv
 from envs.benchmark import makers
-from envs.market import dynamics, hedging, smiles
+from envs.calibration import marlvol
+from envs.calibration.game import CalibrationGame
+from envs.market import dynamics, hedging, quoting, smiles
 from envs.market.units import TRADING_DAYS
 from envs.models import make_model
 from envs.run.run import Run
@@ -31,6 +35,31 @@ MODELS = {
     "heston without Feller": dynamics.Heston(initial_variance=0.02, mean_reversion=1.0, vol_of_vol=0.9),
     "merton": dynamics.Merton(),
 }
+
+
+def dupire_market() -> dict:
+    """Phase 0's result in miniature: a market whose projection is Dupire's local volatility, as a table."""
+    game = CalibrationGame(smiles.SURFACES["sp500-2018"], 100)
+    content = marlvol.export_market(game, nn.Sequential(nn.Linear(2, 1), nn.Tanh(), nn.Linear(1, 1)))
+    content["projection"] = game.local_volatility
+    content["tables"] = (game.local_volatility / game.reference_volatility).log()[:, None]
+    return content
+
+
+@cache
+def model_called(name: str) -> dynamics.Dynamics:
+    """One of MODELS, or marlvol, which takes a moment to make."""
+    return marlvol.Marlvol(dupire_market()) if name == "marlvol" else MODELS[name]
+
+
+def quoted(*expiries: int, dt: float = 1 / 252, moneyness=(-1.0, -0.5, 0.0, 0.5, 1.0)) -> list[hedging.Option]:
+    """What a `QuotingEnv` quotes by default, with these expiries, steps."""
+    return quoting.moneyness_grid(moneyness, expiries, dt)
+
+
+def calls(expiry: int, dt: float = 1 / 252, moneyness=(-1.0, -0.5, 0.0, 0.5, 1.0)) -> list[hedging.Option]:
+    """The same strikes of one expiry, calls alone."""
+    return [option._replace(is_call=True) for option in quoted(expiry, dt=dt, moneyness=moneyness)]
 
 
 def book_env(num_envs: int, model=None, **settings) -> HedgingEnv:

@@ -73,13 +73,13 @@ def tune(
 ) -> tuple[float, ...]:
     """Parameters of a strategy that are best on the environment's current market.
 
-    Climbs the grid start_i · ratio^k_i until every neighbour, diagonal ones too, is worse, so the result is interior by
-    construction (unless 80 evaluations or a factor of `MOST` do not suffice); then, from there, with the next of
-    `ratios`.
+    Climbs the grid start_i · ratio^k_i until every neighbour is worse (up to three parameters, diagonal ones too), so
+    the result is interior by construction (unless 80 evaluations or a factor of `MOST` do not suffice); then, from
+    there, with the next of `ratios`.
     """
     best = tuple(float(x) for x in start)
     for ratio in ratios:
-        best = _climb(env, family, best, ratio, diagonally=ratio == ratios[-1])
+        best = _climb(env, family, best, ratio, diagonally=ratio == ratios[-1] and len(best) <= 3)
     return best
 
 

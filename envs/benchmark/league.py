@@ -26,7 +26,6 @@ from envs.market.quoting import QuotingEnv
 from envs.optimum.edges import EdgeTable, best_edge, choice_probability
 from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
 
-
 LEAGUE = (AVELLANEDA_STOIKOV, CONSTANT_SPREAD, LINEAR_START, MULTI_ASSET)  # the classics that join the cross-play
 
 
@@ -216,8 +215,8 @@ class Competition:
     """How makers that all follow one policy compete, beside what is known where nothing is risked and hedging is free.
 
     Attributes:
-        edges, nash, monopoly: (2, num_options) mean edges of asks and bids over the reference prices, vol points, by all
-            takers who come: the makers' own, those of the equilibrium, and those of makers who agree.
+        edges, nash, monopoly: (2, num_options) mean edges of asks and bids over the reference prices, vol points, over
+            all takers who come: the makers' own, those of the equilibrium, and those of makers who agree.
         collusion: (π − π_Nash)/(π_monopoly − π_Nash), π what all takers are expected to pay over the fair values
             (Calvano et al. 2020, eq. 9): 0 is competition, 1 a cartel.
         exploitability: what the best edges against the others' would earn more in each step, as a share.

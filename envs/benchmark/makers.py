@@ -145,7 +145,8 @@ def _tune(
     starts = [tuple(start[i] for i in free)]
     if globally and free[0] == 0:
         starts = [(start[0] * x, start[1] * y) for x in (0.25, 1.0, 4.0, 16.0) for y in (0.5, 1.0)]
-    return complete(tune(env, family, max(starts, key=value) if len(starts) > 1 else starts[0], COARSE_TO_FINE))
+    best = max(starts, key=value) if len(starts) > 1 else starts[0]
+    return complete(tune(env, family, best, COARSE_TO_FINE))
 
 
 def tune_makers(market: QuotingEnv, start: tuple[float, float], rival: tuple[float, ...]) -> Parameters:

@@ -1,6 +1,6 @@
 """Figures of self-play (phase 4)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -13,23 +13,26 @@ from envs.benchmark.contest import Contest
 from envs.benchmark.league import Competition, CrossPlay
 from envs.benchmark.makers import AVELLANEDA_STOIKOV, LINEAR_START
 from envs.figures import style
-from envs.figures.quoting import quoting_episode, quoting_report
+from envs.figures.quoting import option_names, quoting_episode, quoting_report
 from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
 from envs.market.quoting import AgainstRivals
 from envs.run.files import read_metrics
 
 
 def selfplay_report(folder: Path, contest: Contest, league: CrossPlay, competition: Competition) -> None:
-    """The figures of self-play: those of a quoting benchmark, cross-play, market shares, an episode of the agent
-    against copies of itself; and its edge over training if the folder has a metrics.csv."""
+    """The figures of self-play: those of a quoting benchmark, cross-play, market shares, edges per option beside the
+    equilibrium's, an episode of the agent against copies of itself; and its edge over training if the folder has a
+    metrics.csv."""
     title = contest.title
     quoting_report(folder, contest)
     cross_play(folder / "cross_play.png", league, title)
     curve = read_metrics(folder / "metrics.csv")
     if curve:
         path = folder / "edge_over_training.png"
-        edge_over_training(path, {"this run": curve}, competition.nash, competition.monopoly, title)
+        known = (float(competition.nash.mean()), float(competition.monopoly.mean()))
+        edge_over_training(path, {"this run": curve}, *known, title)
     market = contest.env.env
+    competing_edges(folder / "competition.png", competition, option_names(market), title)
     copies = [contest.policies["agent"]] * (market.num_makers - 1)
     mirror = replace(contest, env=AgainstRivals(market, copies), title=f"{title}: the agent against copies of itself")
     quoting_episode(folder / "selfplay_episode.png", mirror, {"agent": AGENT}, "copy")
@@ -85,18 +88,50 @@ def _rating_panel(axis: Axes, league: CrossPlay) -> None:
 
 
 def edge_over_training(path: Path, curves: Mapping[str, list[dict]], nash: float, monopoly: float, title: str) -> None:
-    """Mean half-spread of the agent among copies of itself over training: label → rows of a run's metrics.csv."""
+    """Mean half-spread of the agent among copies of itself over training.
+
+    Args:
+        curves: label → rows of a run's metrics.csv.
+        nash, monopoly: means over sides and options, vol points.
+    """
     figure, axes = style.new()
     shades = (AGENT, BASELINE, OTHER, "#b8860b", "#6a3d9a", "#008b8b")
     for (label, curve), colour in zip(curves.items(), cycle(shades), strict=False):
         steps = [row["global_step"] / 1e6 for row in curve]
         edges = [row["charts/selfplay_half_spread"] for row in curve]
         axes.plot(steps, edges, color=colour, marker=".", label=label)
-    axes.axhline(nash, color=OPTIMUM, linestyle="-", label=f"Nash without risk and costs ({nash:.3f})")
-    axes.axhline(monopoly, color="black", linestyle=":", label=f"monopoly without risk and costs ({monopoly:.3f})")
-    axes.set(xlabel="environment steps (millions)", ylabel="mean half-spread (vol points), all seats alike")
-    style.legend(axes)
+    axes.axhline(nash, color=OPTIMUM, linestyle="-", label=f"Nash, mean ({nash:.3f})")
+    axes.axhline(monopoly, color="black", linestyle=":", label=f"monopoly, mean ({monopoly:.3f})")
+    axes.set(xlabel="environment steps (millions)", ylabel="half-spread, mean over sides and options (vol points)")
+    style.legend(axes, title="all seats alike; Nash and monopoly without risk and costs", title_fontsize=8)
     axes.set_title(f"{title}:\ndo makers that learn from each other compete or collude?", fontsize=10)
+    style.save(figure, path)
+
+
+def competing_edges(path: Path, competition: Competition, names: Sequence[str], title: str) -> None:
+    """Mean edges of the asks and bids of every option, makers that are all the agent, beside Nash and monopoly.
+
+    Args:
+        names: of the options.
+    """
+    size = len(names)
+    figure, axes = style.mosaic([["asks", "bids"]], (max(11.0, 3.0 + 0.9 * size), 5.0))
+    rows = np.arange(size)
+    for side, axis in enumerate((axes["asks"], axes["bids"])):
+        nash = competition.nash[side]
+        monopoly = competition.monopoly[side]
+        axis.vlines(rows, nash, monopoly, color=OTHER, linewidth=5, alpha=0.3, label="between competition and cartel")
+        axis.plot(rows, monopoly, "_", color="black", markersize=16, markeredgewidth=2, label="monopoly")
+        axis.plot(rows, nash, "_", color=OPTIMUM, markersize=16, markeredgewidth=2.5, label="Nash")
+        axis.plot(rows, competition.edges[side], "o", color=AGENT, markersize=7, label="the agent, in all seats")
+        axis.axhline(0.0, color="black", linestyle=":", linewidth=1.0, label="Black–Scholes reference price")
+        axis.set_xticks(rows, names, rotation=35 if size > 3 else 0, ha="right" if size > 3 else "center")
+        axis.set_xlim(-0.6, size - 0.4)
+    axes["asks"].set(title="asks, above the reference price", ylabel="mean edge (vol points)")
+    axes["bids"].set(title="bids, below the reference price", ylabel="mean edge (vol points)")
+    axes["bids"].sharey(axes["asks"])
+    style.legend_below(figure, axes["asks"], 5)
+    figure.suptitle(f"{title}:\nedges per option beside those of makers who compete and who agree, without risk and costs")
     style.save(figure, path)
 
 
@@ -131,9 +166,11 @@ def _snapshot_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
     rows = [names.index(name) for name in snapshots]
     styles = {AVELLANEDA_STOIKOV: (BASELINE, "s--"), LINEAR_START: (OTHER, "^:"), "agent": (AGENT, "o-")}
     for name, (colour, line) in styles.items():
+        if name not in names:
+            continue
         own = league.share[rows, names.index(name)]
         others = league.others_share[rows, names.index(name)]
-        axis.plot(range(len(rows)), 100 * (own / (own + others)), line, color=colour, label=f"against {name}")
+        axis.plot(range(len(rows)), 100 * own / np.maximum(own + others, 1e-9), line, color=colour, label=f"against {name}")
     axis.axhline(100 / num_makers, color="black", linewidth=0.8, label="an equal share")
     axis.set_xticks(range(len(rows)), snapshots, rotation=20, ha="right")
     axis.set(ylabel="share of all trades (%)", title="market share of each snapshot")

@@ -32,6 +32,13 @@ def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.5),
         return figure, figure.subplots(rows, columns, **options)
 
 
+def mosaic(layout: list[list[str]], size: tuple[float, float], **options) -> tuple[Figure, dict[str, Axes]]:
+    """A figure whose panels have the names in `layout`, row by row; a name that repeats is a wider panel."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.subplot_mosaic(layout, **options)
+
+
 def save(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
@@ -40,6 +47,16 @@ def save(figure: Figure, path: Path) -> None:
 def legend(axes: Axes, loc: str = "best", framealpha: float = 0.8, fontsize: int = 9, **options) -> None:
     """A legend without a frame, on a translucent background."""
     axes.legend(frameon=True, edgecolor="none", framealpha=framealpha, loc=loc, fontsize=fontsize, **options)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
+    """The legend of these axes, below all panels."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def legend_beside(figure: Figure, axes: Axes) -> None:
+    """The legend of these axes, on the right of all panels."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
 def validation_gains(contest: Contest, names: list[str]) -> dict[str, float]:

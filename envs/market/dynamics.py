@@ -49,6 +49,11 @@ class Dynamics:
     initial_variance: float  # annualised, at the start of every path
     last_step: float = math.inf  # steps after which the model ends
 
+    @property
+    def pricing_model(self) -> "Dynamics":
+        """The model under which options have their fair value: this one, unless it only replays what happened."""
+        return self
+
     def step(self, variance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """One step: variance (n,), noise (n, noise_size) → log-return (n,), next variance (n,); E[e^log-return] = 1."""
         raise NotImplementedError

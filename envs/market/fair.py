@@ -35,6 +35,9 @@ MAX_MONEYNESS = 3.0  # of z = ln(S/K)/√τ: five standard deviations at a volat
 CENTRE = 0.1  # z nodes are evenly spaced near the money up to here and geometrically beyond
 NUM_VARIANCES = 41
 MAX_VOLATILITY = 1.0  # of the nodes in √v, which start at 0
+# Backward induction goes through nodes that paths hardly visit: what is wrong at the edge would come back from there
+NUM_INDUCTION_VARIANCES = 61
+MAX_INDUCTION_VOLATILITY = 2.0
 
 # Fourier integrals run over u√τ from 0 to MAX_FREQUENCY: 64 panels of 32 Gauss–Legendre nodes. Even at a volatility of
 # 5 %, φ has vanished there, and e^{iux} turns by half a radian between nodes at the edge of the table.
@@ -42,7 +45,7 @@ MAX_FREQUENCY = 400.0
 NUM_PANELS = 64
 PANEL_NODES = 32
 
-HALF_LINE_NODES = {1: 12, 2: 6, 3: 4}  # quadrature nodes on either side of zero, by noise_size
+HALF_LINE_NODES = {1: 8, 2: 6, 3: 4}  # quadrature nodes on either side of zero, by noise_size
 LAST_STEP_NODES = {1: 4001, 2: 161, 3: 41}  # nodes per normal for the payoff, which has a kink
 
 
@@ -143,8 +146,10 @@ def premium_table(dynamics: Dynamics, first: int, last: int) -> PremiumTable:
     z = CENTRE * torch.sinh(torch.linspace(-angle, angle, NUM_MONEYNESS, dtype=F64))
     if isinstance(dynamics, GBM | Merton):
         v = torch.tensor([dynamics.initial_variance], dtype=F64)
-    else:
+    elif isinstance(dynamics, Heston):
         v = torch.linspace(0.0, MAX_VOLATILITY, NUM_VARIANCES, dtype=F64) ** 2
+    else:
+        v = torch.linspace(0.0, MAX_INDUCTION_VOLATILITY, NUM_INDUCTION_VARIANCES, dtype=F64) ** 2
     table = PremiumTable(first, dynamics.dt, z, v, torch.zeros(last - first + 1, len(z), len(v), 3, dtype=F64))
     if isinstance(dynamics, GBM):
         return table

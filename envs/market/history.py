@@ -51,6 +51,10 @@ class Historical(Dynamics):
     def initial_variance(self) -> float:
         return float(self.variances[0])
 
+    @property
+    def pricing_model(self) -> GARCH:
+        return self.garch
+
     def num_windows(self, num_steps: int) -> int:
         """Number of overlapping windows of `num_steps` returns."""
         return len(self.log_returns) - num_steps + 1

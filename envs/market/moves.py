@@ -105,7 +105,7 @@ def _moves_at(env: QuotingEnv, grid: StateGrid, t: int, noise: Tensor) -> tuple[
     """Exposure (X, V, O) and covariance (X, V, O, O) at step t, from normals (N, noise_size)."""
     now = torch.tensor(float(t), dtype=torch.float64, device=grid.spot.device)
     spot, variance = torch.broadcast_tensors(grid.spot[:, None], grid.variance)  # (X, V)
-    value, delta = _fair(env, now, spot, variance)
+    _, delta = _fair(env, now, spot, variance)
     shape = (*spot.shape, len(noise))
     flat = [x[..., None].expand(shape).flatten() for x in (spot, variance)]
     log_return, next_variance = env.dynamics.step_from(now, *flat, noise.repeat(spot.numel(), 1))
@@ -148,7 +148,8 @@ def variance_transition(env: QuotingEnv, roots: Tensor, samples: int = 2048) -> 
     sobol = torch.quasirandom.SobolEngine(env.dynamics.noise_size, scramble=True, seed=0).draw(samples)
     noise = torch.special.ndtri(sobol.double().clamp(1e-9, 1.0 - 1e-9)).to(roots.device)
     variance = roots.square().repeat_interleave(samples)
-    _, after = env.dynamics.step_from(torch.zeros_like(roots[0]), torch.ones_like(variance), variance, noise.repeat(size, 1))
+    now = torch.zeros_like(roots[0])
+    _, after = env.dynamics.step_from(now, torch.ones_like(variance), variance, noise.repeat(size, 1))
     node, weight = _node(after.sqrt(), roots)
     hat = roots.new_zeros(len(variance), size)
     hat.scatter_(1, node[:, None], 1.0 - weight[:, None])

@@ -59,9 +59,7 @@ class QuotingState(NamedTuple):
     position: Tensor  # (n, num_options) own, + long
 
 
-def moneyness_grid(
-    moneyness: Sequence[float], expiries: Sequence[int], dt: float, spot: float = 100.0
-) -> list[Option]:
+def moneyness_grid(moneyness: Sequence[float], expiries: Sequence[int], dt: float, spot: float = 100.0) -> list[Option]:
     """One option for every moneyness z and expiry: strike spot · exp(z · 0.2 · √T), the option out of the money.
 
     Args:
@@ -216,9 +214,10 @@ class QuotingEnv(MarketEnv):
             if not 0 < strike < float("inf"):
                 raise ValueError(f"strike is {strike} (more than 0)")
             if not (settings["num_steps"] <= expiry <= settings["dynamics"].last_step and expiry == int(expiry)):
-                most = f", at most {settings['dynamics'].last_step}, where the model ends"
-                most = most if settings["dynamics"].last_step < float("inf") else ""
-                raise ValueError(f"expiry is {expiry} (whole steps, at least num_steps = {settings['num_steps']}{most})")
+                allowed = f"whole steps, at least num_steps = {settings['num_steps']}"
+                if settings["dynamics"].last_step < float("inf"):
+                    allowed += f", at most {settings['dynamics'].last_step}, where the model ends"
+                raise ValueError(f"expiry is {expiry} ({allowed})")
 
     def _set_options(self) -> None:
         """Tensors of the options (num_options,), and the smile that they are priced on."""
@@ -237,7 +236,7 @@ class QuotingEnv(MarketEnv):
         self.middle = nearest[expiries[self.num_options // 2]]
         self.premiums = None
         if self.fair_marks and not self.smile.is_fair:
-            table = known_premium_table(self.dynamics, min(expiries) - self.num_steps, max(expiries))
+            table = known_premium_table(self.dynamics.pricing_model, min(expiries) - self.num_steps, max(expiries))
             self.premiums = table.to(**tensor)
 
     def of_middle(self, values: Tensor) -> Tensor:
@@ -283,10 +282,10 @@ class QuotingEnv(MarketEnv):
         """Public information, the own book, the rivals' last quotes and, with `privileged`, the rivals' books.
 
         "moneyness" is ln(S/S₀)/(σ√τ), "log implied volatility" ln(σ/20 %), of the middle option's reference price. "net
-        vega" is in currency per vol point, "net delta" in shares. "vega risk" is what one standard deviation of the volatility's own (unhedgeable) move in
-        the next step is worth to the book, currency. "order flow" is a moving average of takers' buys less sells, per
-        taker expected. "rival edges" are the rivals' last edges in vol points, next seat first and of each the asks
-        first (before any quote: d_ref).
+        vega" is in currency per vol point, "net delta" in shares. "vega risk" is what one standard deviation of the
+        volatility's own (unhedgeable) move in the next step is worth to the book, currency. "order flow" is a moving
+        average of takers' buys less sells, per taker expected. "rival edges" are the rivals' last edges in vol points,
+        next seat first and of each the asks first (before any quote: d_ref).
         """
 
         def path(values: Callable[[QuotingEnv], Tensor]) -> Part:

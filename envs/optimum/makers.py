@@ -1,9 +1,9 @@
-"""Makers that know the model: best quotes at a marginal cost of inventory, as policies observation (n, size) → action.
+"""Makers that know the model: best quotes at a marginal cost of inventory. Policies: observation (n, size) → action.
 
-`BestResponse` values no inventory, and is exact where nothing is risked and hedging is free. `MultiAsset` takes the cost
-from the closed form of Bergault, Evangelista, Guéant & Vieira (2021), `VegaProgramming` from the dynamic programming of
-Baldacci, Bergault & Guéant (2021). They know the fair values, and how the options move (`envs.market.moves`); they see
-what every maker sees.
+`BestResponse` values no inventory, and is exact where nothing is risked and hedging is free. `MultiAsset` takes the
+cost from the closed form of Bergault, Evangelista, Guéant & Vieira (2021), `VegaProgramming` from the dynamic
+programming of Baldacci, Bergault & Guéant (2021). They know the fair values, and how the options move
+(`envs.market.moves`); they see what every maker sees.
 """
 
 import torch

@@ -194,8 +194,8 @@ def test_induction_is_converged(monkeypatch):
     """Half as many nodes again in every direction move no premium by 0.01 vol points of the vega at the money."""
     coarse = table_of("garch")
     monkeypatch.setattr(fair, "NUM_MONEYNESS", 201)
-    monkeypatch.setattr(fair, "NUM_VARIANCES", 61)
-    monkeypatch.setattr(fair, "HALF_LINE_NODES", {1: 24})
+    monkeypatch.setattr(fair, "NUM_INDUCTION_VARIANCES", 91)
+    monkeypatch.setattr(fair, "HALF_LINE_NODES", {1: 12})
     fine = fair.premium_table(SP500_GARCH, 16, 16)
     v = torch.linspace(0.08, 0.5, 40, dtype=F64)[:, None] ** 2
     volatility = reference_volatility(SP500_GARCH, v, 16)
