@@ -6,6 +6,7 @@ rival is the classical answer, tuned. The algorithm is CleanRL's PPO with GAE, b
 of every environment. All the finance is in envs/. Copy this file, change thirty lines, run it.
 """
 
+import copy
 import math
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from envs.market.history import Historical
 from envs.market.quoting import BadQuote
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_options, check_unseen, make_model
-from envs.run.args import BatchedRunArgs, check_ppo, check_range
+from envs.run.args import BatchedRunArgs, check_copies, check_ppo, check_range
 from envs.run.files import check_memory
 from envs.run.ranks import average_gradients, check_equal_parameters, rank, rank_seed, standardise
 from envs.run.run import Run, run_main
@@ -76,7 +77,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     # The algorithm
     total_timesteps: int = 9_000_000
     """environment steps of the whole run, over all environments"""
-    num_envs: int = 1024
+    num_envs: int = 256
     """environments side by side"""
     learning_rate: float = 1.5e-3
     """learning rate of Adam"""
@@ -86,7 +87,12 @@ class Args(QuotingArgs, BatchedRunArgs):
     """discount factor"""
     gae_lambda: float = 0.85
     """λ of generalised advantage estimation; higher ones earn more, but no more objective, at more risk"""
-    num_minibatches: int = 8
+    min_std: float = 0.3
+    """floor of the exploration's standard deviation (raw action): what is better shows in proportion to it"""
+    copies: int = 4
+    """rows that meet the same market and explore in opposite pairs (an even number, or 1); the mean of their advantages
+    is taken off as luck"""
+    num_minibatches: int = 4
     """minibatches an epoch; must divide num_envs × num_steps"""
     update_epochs: int = 4
     """passes over a rollout"""
@@ -102,6 +108,8 @@ class Args(QuotingArgs, BatchedRunArgs):
     """gradients are clipped to this norm"""
     reward_scale: float = 0.2
     """the training reward is multiplied by this, so that values are of order one"""
+    average: float = 0.1
+    """share of the run over which a moving average of the agent's weights reaches back; it is what is benchmarked"""
 
     # The benchmark
     tuning_episodes: int = 2048
@@ -121,6 +129,8 @@ class Args(QuotingArgs, BatchedRunArgs):
         check_range(self, 2, 2**26, "eval_episodes", "tuning_episodes")
         if self.trains:
             check_ppo(self)
+            check_range(self, 0, 1, "average", "min_std", open_low=True)
+            check_copies(self)
 
 
 def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> QuotingEnv:
@@ -202,7 +212,7 @@ class Agent(nn.Module):
         common, tilt, width = raw_action.clamp(-5, 5).split(self.parts, -1)
         vega = observation[:, self.vega]
         half_spreads = half_spread * (0.6 * common[:, :1] + 0.3 * width).exp()
-        up = (skew * vega + 0.5 * half_spread * common[:, 1])[:, None] + 0.5 * tilt  # of asks and bids, vol points
+        up = (skew * vega + 0.5 * half_spread * common[:, 1])[:, None] + tilt  # of asks and bids, vol points
         asks = half_spreads + up
         bids = half_spreads - up
         target = target * vega + 0.4 * common[:, 2]
@@ -240,14 +250,25 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
+def exploration(num_envs: int, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
+    """Normals (num_envs, actions) of the raw actions. Copies of a market explore in pairs, in opposite directions: what
+    they earn then differs more by what they try than it would with independent noise."""
+    size = len(agent.actor_logstd)
+    device = agent.actor_logstd.device
+    if args.copies == 1:
+        return torch.randn(num_envs, size, generator=generator, device=device)
+    half = torch.randn(num_envs // 2, size, generator=generator, device=device)
+    return torch.stack((half, -half), 1).flatten(0, 1)
+
+
 @torch.no_grad()
 def rollout(env: AgainstRivals, agent: Agent, act, args: Args, generator: torch.Generator) -> Batch:
     """Plays one whole episode in every environment and estimates advantages (GAE; the end is terminal)."""
-    observation, _ = env.reset()
+    observation, _ = env.reset(options={"copies": args.copies})
     steps = []
     for _ in range(env.num_steps):
         normalised = agent.normalise(observation)
-        noise = torch.randn(env.num_envs, len(agent.actor_logstd), generator=generator, device=env.device)
+        noise = exploration(env.num_envs, agent, args, generator)
         action, logprob, value = act(normalised, noise)
         observation, reward, _, _, info = env.step(agent.to_quote(observation, action))
         # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
@@ -262,7 +283,11 @@ def rollout(env: AgainstRivals, agent: Agent, act, args: Args, generator: torch.
         advantage = error + args.gamma * args.gae_lambda * advantage
         advantages[t] = advantage
         next_value = values[t]
-    return Batch(*(x.flatten(0, 1) for x in (observations, actions, logprobs, advantages, advantages + values)))
+    returns = advantages + values
+    # Copies of a market differ in their exploration: their mean advantage is luck, and is taken off
+    luck = advantages.unflatten(1, (-1, args.copies)).mean(-1) if args.copies > 1 else torch.zeros_like(advantages)
+    advantages = advantages - luck.repeat_interleave(args.copies, 1)
+    return Batch(*(x.flatten(0, 1) for x in (observations, actions, logprobs, advantages, returns)))
 
 
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
@@ -300,18 +325,28 @@ def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, gen
             average_gradients(agent)  # over the processes of torchrun
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
+            with torch.no_grad():
+                agent.actor_logstd.clamp_(min=math.log(args.min_std))
             parts.append(loss_parts)
     check_equal_parameters(agent)
     return torch.stack(parts).mean(0)
 
 
+@torch.no_grad()
+def follow(average: Agent, agent: Agent, args: Args) -> None:
+    """Moves the moving average of the weights by one update."""
+    rate = min(1.0, 1.0 / (args.average * args.num_iterations))
+    torch._foreach_lerp_(list(average.parameters()), list(agent.parameters()), rate)
+
+
 def train(run: Run, classics: Makers) -> Agent:
-    """Trains the agent, from scratch or from where `run` resumes."""
+    """Trains the agent, from scratch or from where `run` resumes. Returns the moving average of its weights."""
     args: Args = run.args
     torch.manual_seed(args.seed)
     env = classics.env.like(args.num_envs)
     agent = Agent(env.env).to(run.device)
     agent.fit(env.like(1024), classics.policies[LINEAR_START])
+    average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     # A tensor as learning rate, so that a captured update sees it change
     optimizer = torch.optim.Adam(
         agent.parameters(), lr=torch.tensor(args.learning_rate, device=run.device), eps=1e-5, fused=True,
@@ -320,18 +355,20 @@ def train(run: Run, classics: Makers) -> Agent:
     generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
     env.generator.manual_seed(rank_seed(args.seed))
     run.keep(
-        agent=agent, optimizer=optimizer, generator=generator, market_generator=env.generator,
+        agent=average, learner=agent, optimizer=optimizer, generator=generator, market_generator=env.generator,
         makers=classics.parameters, origin=classics.origin,
     )  # fmt: skip
     validation = quoting_validation(classics, EPISODES)
     if run.iteration == 0:  # the untrained policy, for the learning curve
-        run.log(validation(agent.policy))
+        run.log(validation(average.policy))
     act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     def iterate() -> Tensor:
         batch = rollout(env, agent, act, args, generator)
-        return update(agent, optimizer, batch, loss_function, args, generator)
+        losses = update(agent, optimizer, batch, loss_function, args, generator)
+        follow(average, agent, args)
+        return losses
 
     iterate = run.captured(iterate)
     for iteration in run.iterations(args.num_iterations, args.steps_per_iteration):
@@ -343,9 +380,9 @@ def train(run: Run, classics: Makers) -> Agent:
             row |= {f"losses/action_std_{i}": std for i, std in enumerate(agent.actor_logstd.exp().tolist())}
             row["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
             run.check_finite(row, agent)
-            row |= validation(agent.policy)
+            row |= validation(average.policy)
             run.log(row, validation.describe(row))
-    return agent
+    return average
 
 
 # BENCHMARK

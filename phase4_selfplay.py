@@ -35,7 +35,7 @@ from envs.market.history import Historical
 from envs.market.quoting import BadQuote
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_options, check_unseen, make_model
-from envs.run.args import BatchedRunArgs, check_ppo, check_range
+from envs.run.args import BatchedRunArgs, check_copies, check_ppo, check_range
 from envs.run.errors import check
 from envs.run.files import check_memory, load_checkpoint, load_weights
 from envs.run.ranks import average as average_over_ranks
@@ -119,7 +119,8 @@ class Args(QuotingArgs, BatchedRunArgs):
     min_std: float = 0.25
     """floor of the exploration's standard deviation (raw action): what is better shows in proportion to it"""
     copies: int = 4
-    """rows that meet the same market; the mean of their advantages is taken off as luck"""
+    """rows that meet the same market and explore in opposite pairs (an even number, or 1); the mean of their advantages
+    is taken off as luck"""
     num_minibatches: int = 1
     """minibatches an epoch; must divide num_envs × num_steps"""
     update_epochs: int = 4
@@ -159,10 +160,7 @@ class Args(QuotingArgs, BatchedRunArgs):
         if self.trains:
             check_ppo(self)
             check_range(self, 0, 1, "average", "min_std", "anneal_share", open_low=True)
-            check(
-                self.copies >= 1 and self.num_envs % self.copies == 0,
-                f"--copies is {self.copies} (at least 1, must divide --num-envs = {self.num_envs})",
-            )
+            check_copies(self)
             updates = self.num_iterations
             check(1 <= self.lag <= updates, f"--lag is {self.lag} (at least 1, at most the run's {updates} updates)")
             check_range(self, 2, 4096, "pool_size")
@@ -263,7 +261,7 @@ class Agent(nn.Module):
         common, tilt, width = raw_action.clamp(-5, 5).split(self.parts, -1)
         vega = observation[:, self.vega]
         half_spreads = half_spread * (0.6 * common[:, :1] + 0.3 * width).exp()
-        up = (skew * vega + 0.5 * half_spread * common[:, 1])[:, None] + 0.5 * tilt  # of asks and bids, vol points
+        up = (skew * vega + 0.5 * half_spread * common[:, 1])[:, None] + tilt  # of asks and bids, vol points
         asks = half_spreads + up
         bids = half_spreads - up
         target = target * vega + 0.4 * common[:, 2]
@@ -405,6 +403,17 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
+def exploration(num_envs: int, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
+    """Normals (num_envs, actions) of the raw actions. Copies of a market explore in pairs, in opposite directions: what
+    they earn then differs more by what they try than it would with independent noise."""
+    size = len(agent.actor_logstd)
+    device = agent.actor_logstd.device
+    if args.copies == 1:
+        return torch.randn(num_envs, size, generator=generator, device=device)
+    half = torch.randn(num_envs // 2, size, generator=generator, device=device)
+    return torch.stack((half, -half), 1).flatten(0, 1)
+
+
 @torch.no_grad()
 def rollout(
     market: QuotingEnv, agent: Agent, opponent, act, args: Args, generator: torch.Generator
@@ -423,7 +432,7 @@ def rollout(
     for _ in range(market.num_steps):
         own = observation[rows, seats]
         normalised = agent.normalise(own)
-        noise = torch.randn(n, len(agent.actor_logstd), generator=generator, device=market.device)
+        noise = exploration(n, agent, args, generator)
         action, logprob, value = act(normalised, noise)
         quotes = own.new_empty(n, *market.single_action_space.shape)
         quotes[rows, seats] = agent.to_quote(own, action)

@@ -69,6 +69,24 @@ def book_env(num_envs: int, model=None, **settings) -> HedgingEnv:
     return HedgingEnv(num_envs, model, **{"options": options, "initial_position": 0.0, **orders, **settings})
 
 
+INVENTED = {  # parameters of every classical maker that nobody has tuned
+    makers.RIVAL: (0.25, 0.8, 1.0),
+    makers.AVELLANEDA_STOIKOV: (0.25, 0.8),
+    makers.CONSTANT_SPREAD: (2.0,),
+    makers.GLFT: (1.2, 0.8),
+    makers.LINEAR_START: (1.2, 0.8, 0.15),
+    makers.AS_SMILE: (0.25, 0.8, 0.6, 0.1),
+    makers.GLFT_SMILE: (1.2, 0.8, 0.4, 0.2),
+    makers.MULTI_ASSET: (3.0, 0.1, 0.8, 0.15),
+    makers.VEGA_DP: (2.0, 0.2, 0.9, 0.12),
+}
+
+
+def invented(*names: str) -> makers.Parameters:
+    """Parameters of these makers and of the rivals, Avellaneda–Stoikov."""
+    return {name: INVENTED[name] for name in (makers.RIVAL, *names)}
+
+
 TUNED = {}
 TUNE = makers.classical_makers
 
@@ -155,6 +173,8 @@ class Phase(NamedTuple):
 HEDGERS = {"agent", "Black–Scholes delta", "Leland", "Whalley–Wilmott, tuned", "constant band, tuned"}
 MAKERS = {
     "agent", "Avellaneda–Stoikov, tuned", "constant spread, tuned", "GLFT, tuned", "GLFT, min-variance band, tuned",
+    "Avellaneda–Stoikov with the smile, tuned", "GLFT with the smile, tuned", "multi-asset closed form, tuned",
+    "dynamic programming, tuned",
 }  # fmt: skip
 SAC_SMALL = {
     "learning_starts": 3_000, "buffer_size": 6_000, "batch_size": 64, "hidden_size": 32, "utd": 0.01, "average": 0.05,

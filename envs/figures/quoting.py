@@ -106,14 +106,12 @@ def learnt_quotes(path: Path, contest: Contest, colours: Colours) -> None:
     market = contest.env.env
     groups = shown_expiries(market)
     times = (0, market.num_steps // 2)
+    smiles = [[f"{row} {column}" for column in range(len(groups))] for row in range(len(times))]
     if len(groups) == 1:
-        smiles = [["0 0"] * 3 + ["1 0"] * 3]
-    else:
-        width = 6 // len(groups)
-        smiles = [[f"{row} {group}" for group in range(len(groups)) for _ in range(width)] for row in (0, 1)]
-    layout = [*smiles, ["skew"] * 2 + ["time"] * 2 + ["volatility"] * 2]
+        smiles = [["0 0", "1 0"]]  # beside each other
+    rows = [*smiles, ["skew", "time", "volatility"]]
     heights = [1.25] * len(smiles) + [1.0]
-    figure, axes = style.mosaic(layout, (16, 4.6 * len(layout)), height_ratios=heights)
+    figure, axes = style.rows_of_panels(rows, (16, 4.6 * len(rows)), height_ratios=heights)
     still = contest.env.standing_still(1)
     for row, t in enumerate(times):
         quoted = {name: _edges(contest, name, still.observe_at(t))[0] for name in colours}
@@ -124,7 +122,7 @@ def learnt_quotes(path: Path, contest: Contest, colours: Colours) -> None:
     _spread_by_volatility_panel(axes["volatility"], contest, colours)
     style.legend_below(figure, axes["0 0"])
     style.legend(axes["skew"], framealpha=0.6, fontsize=8)
-    figure.suptitle(f"{contest.title}: the smile that the agent has learnt")
+    figure.suptitle(f"{contest.title}: the smile that the agent has learnt (quotes without inventory, the skew apart)")
     style.save(figure, path)
 
 
@@ -158,21 +156,23 @@ def _smile_panel(
         if name == "agent":
             axis.fill_between(strikes, reference - bid, reference + ask, color=AGENT, alpha=0.12, linewidth=0)
             axis.plot(strikes, reference + 0.5 * (ask - bid), "o-", label="agent: mid", linewidth=3, **marks)
-    _limit(axis, np.concatenate(levels), fair)
+    _limit(axis, np.concatenate(levels), fair, 3.0)
     axis.set_xticks(strikes, [f"{strike:.1f}" for strike in strikes])
     left = trading_days(market, market.options[options[0]].expiry - t)
-    when = "start of the episode" if t == 0 else "middle of the episode"
-    axis.set(title=f"{when}, {left} trading days to expiry, without inventory")
+    axis.set_title(f"{'start' if t == 0 else 'middle'} of the episode, {left} trading days to expiry")
     axis.set(xlabel="strike", ylabel="reference volatility + edge (%)")
 
 
-def _limit(axis: Axes, quotes: np.ndarray, fair: np.ndarray) -> None:
-    """Shows all quotes, and fair values where they are not too far: those of far options are very many vol points."""
+def _limit(axis: Axes, quotes: np.ndarray, fair: np.ndarray, room: float) -> None:
+    """Shows all quotes, and fair values that are no further off than `room` times the height that the quotes take.
+
+    The vega of an option far from the money vanishes, so its fair value can be very many vol points off.
+    """
     low = quotes.min()
     high = quotes.max()
     height = max(high - low, 0.1)
-    low = min(low, max(fair.min(), low - 0.8 * height))
-    high = max(high, min(fair.max(), high + 0.8 * height))
+    low = min(low, max(fair.min(), low - room * height))
+    high = max(high, min(fair.max(), high + room * height))
     axis.set_ylim(low - 0.08 * height, high + 0.08 * height)
 
 
@@ -198,7 +198,7 @@ def _spread_by_time_panel(axis: Axes, contest: Contest, colours: Colours) -> Non
     for name, colour in colours.items():
         spreads = [_edges(contest, name, still.observe_at(t)).mean().item() for t in range(still.num_steps)]
         axis.plot(spreads, color=colour)
-    axis.set(title="half-spread over the episode, without inventory", xlabel="step")
+    axis.set(title="half-spread over the episode", xlabel="step")
     axis.set_ylabel("mean half-spread (vol points)")
 
 
@@ -214,7 +214,7 @@ def _spread_by_volatility_panel(axis: Axes, contest: Contest, colours: Colours) 
     for name, colour in colours.items():
         spread = _edges(contest, name, observation).mean((-1, -2))
         axis.plot(implied.cpu(), spread.cpu(), marker=marker, color=colour)
-    axis.set(title="half-spread by volatility, in mid-episode, without inventory")
+    axis.set(title="half-spread by volatility, middle of the episode")
     axis.set(xlabel="reference volatility (%)", ylabel="mean half-spread (vol points)")
 
 
@@ -243,16 +243,15 @@ def quoting_episode(path: Path, contest: Contest, colours: Colours, rival_name: 
     expiry = market.options[market.middle].expiry
     alike = [i for i, option in enumerate(market.options) if option.expiry == expiry]
     shown = sorted({alike[0], market.middle, alike[-1]})
-    top = [f"quotes {i}" for i in shown for _ in range(12 // len(shown))]
-    rest = [name for name in ("positions", "inventory", "hedge", "money") for _ in range(3)]
-    figure, axes = style.mosaic([top, rest], (18, 9.5), height_ratios=(1.3, 1.0))
+    rows = ([f"quotes {i}" for i in shown], ("positions", "inventory", "hedge", "money"))
+    figure, axes = style.rows_of_panels(rows, (18, 9.5), height_ratios=(1.3, 1.0))
     names = option_names(market)
     for i in shown:
         _quote_panel(axes[f"quotes {i}"], episode, i, makers)
         axes[f"quotes {i}"].set_title(f"{names[i]}: quotes and fills")
-        axes[f"quotes {i}"].sharey(axes[f"quotes {shown[0]}"])
     quotes = episode.edges[..., shown] * np.array([1.0, -1.0])[:, None]  # asks above the reference price, bids below
-    _limit(axes[f"quotes {shown[0]}"], quotes, episode.gap[:, shown])
+    for i in shown:
+        _limit(axes[f"quotes {i}"], quotes, episode.gap[:, shown], 0.8)
     _position_panel(figure, axes["positions"], episode.positions, names)
     _inventory_panel(axes["inventory"], episode, makers)
     _hedge_panel(axes["hedge"], episode)
@@ -348,15 +347,16 @@ def _hedge_panel(axis: Axes, episode: QuotedEpisode) -> None:
 
 def rival_sweep(path: Path, sweep: Mapping, title: str) -> None:
     """Objective against other rivals than the one of training, from `envs.benchmark.quoting.rival_sweep`."""
-    figure, axes = style.mosaic([list(sweep)], (14, 4.8))
+    figure, axes = style.rows_of_panels([list(sweep)], (14, 4.8))
     for what, rows in sweep.items():
         axis = axes[what]
+        if what != next(iter(sweep)):
+            axis.sharey(axes[next(iter(sweep))])
         _sweep_lines(axis, rows)
         axis.axvline(1.0, color="black", linestyle=":", linewidth=0.8, label="the rival of this benchmark")
         axis.set(xscale="log", xlabel=f"rival's {what} (multiple of the benchmark's)", ylabel="objective (currency)")
         axis.set_xticks(list(rows), [f"{x:g}" for x in rows], minor=False)
         axis.minorticks_off()
-        axis.sharey(axes[next(iter(sweep))])
     style.legend_beside(figure, axis)
     figure.suptitle(f"{title}: objective against other rivals")
     style.save(figure, path)
@@ -369,22 +369,22 @@ def informed_sweep(path: Path, sweep: Mapping[float, Mapping[str, Mapping[str, f
         sweep: informed share → contestant → "objective" and "pnl", currency. Contestants whose names begin with "agent"
             are drawn as agents.
     """
-    figure, axes = style.mosaic([["objective", "pnl"]], (15, 5.4))
+    figure, axes = style.rows_of_panels([["objective", "pnl"]], (15, 5.4))
     shares = sorted(sweep, key=float)
-    labels = {"objective": "objective: P&L less the penalty for risk (currency)", "pnl": "mean P&L (currency)"}
+    labels = {"objective": "objective: P&L less the penalty for risk", "pnl": "mean P&L"}
     for measure, label in labels.items():
         axis = axes[measure]
         rows = {
-            100 * float(share): {name: row[measure] for name, row in sweep[share].items() if measure in row}
+            float(share): {name: row[measure] for name, row in sweep[share].items() if measure in row}
             for share in shares
         }
         _sweep_lines(axis, rows)
-        axis.axhline(0.0, color="black", linewidth=1.6, label="zero: below it a maker had better not quote")
+        axis.axhline(0.0, color="black", linewidth=1.6, label="zero: what a maker earns that does not quote")
         low, high = axis.get_ylim()
         axis.axhspan(min(low, 0.0), 0.0, color="black", alpha=0.05, linewidth=0, zorder=0)
         axis.set_ylim(min(low, 0.0), max(high, 0.0))
-        axis.set_xticks(list(rows))
-        axis.set(title=label, xlabel="takers who know the fair value (%)", ylabel="currency an episode")
+        axis.set_xticks(list(rows), [f"{share:g}" for share in rows])
+        axis.set(title=label, xlabel="share of takers who know the fair value", ylabel="currency per episode")
     style.legend_beside(figure, axis)
     figure.suptitle(f"{title}: who still earns as takers learn what options are worth?")
     style.save(figure, path)

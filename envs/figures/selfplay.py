@@ -100,11 +100,13 @@ def edge_over_training(path: Path, curves: Mapping[str, list[dict]], nash: float
         steps = [row["global_step"] / 1e6 for row in curve]
         edges = [row["charts/selfplay_half_spread"] for row in curve]
         axes.plot(steps, edges, color=colour, marker=".", label=label)
-    axes.axhline(nash, color=OPTIMUM, linestyle="-", label=f"Nash, mean ({nash:.3f})")
-    axes.axhline(monopoly, color="black", linestyle=":", label=f"monopoly, mean ({monopoly:.3f})")
-    axes.set(xlabel="environment steps (millions)", ylabel="half-spread, mean over sides and options (vol points)")
-    style.legend(axes, title="all seats alike; Nash and monopoly without risk and costs", title_fontsize=8)
-    axes.set_title(f"{title}:\ndo makers that learn from each other compete or collude?", fontsize=10)
+    axes.axhline(nash, color=OPTIMUM, linestyle="-", label=f"Nash without risk and costs, mean ({nash:.3f})")
+    label = f"monopoly without risk and costs, mean ({monopoly:.3f})"
+    axes.axhline(monopoly, color="black", linestyle=":", label=label)
+    axes.set(xlabel="environment steps (millions)", ylabel="mean over sides and options (vol points)")
+    axes.margins(y=0.35)  # room for the legend
+    style.legend(axes)
+    axes.set_title(f"{title}:\nhalf-spread of makers that learn from each other: compete or collude?", fontsize=10)
     style.save(figure, path)
 
 
@@ -115,7 +117,8 @@ def competing_edges(path: Path, competition: Competition, names: Sequence[str], 
         names: of the options.
     """
     size = len(names)
-    figure, axes = style.mosaic([["asks", "bids"]], (max(11.0, 3.0 + 0.9 * size), 5.0))
+    figure, axes = style.rows_of_panels([["asks", "bids"]], (max(11.0, 3.0 + 0.9 * size), 5.0))
+    axes["bids"].sharey(axes["asks"])
     rows = np.arange(size)
     for side, axis in enumerate((axes["asks"], axes["bids"])):
         nash = competition.nash[side]
@@ -129,9 +132,9 @@ def competing_edges(path: Path, competition: Competition, names: Sequence[str], 
         axis.set_xlim(-0.6, size - 0.4)
     axes["asks"].set(title="asks, above the reference price", ylabel="mean edge (vol points)")
     axes["bids"].set(title="bids, below the reference price", ylabel="mean edge (vol points)")
-    axes["bids"].sharey(axes["asks"])
     style.legend_below(figure, axes["asks"], 5)
-    figure.suptitle(f"{title}:\nedges per option beside those of makers who compete and who agree, without risk and costs")
+    what = "edges per option beside those of makers who compete and who agree, without risk and costs"
+    figure.suptitle(f"{title}:\n{what}")
     style.save(figure, path)
 
 
@@ -140,8 +143,8 @@ def market_shares(path: Path, league: CrossPlay, num_makers: int, title: str) ->
     figure, (rivals, training) = style.new(1, 2, (14, 0.45 * len(league.names) + 2.2), width_ratios=(1.5, 1))
     _taker_panel(rivals, league, num_makers)
     _snapshot_panel(training, league, num_makers)
-    for axis in (rivals, training):
-        style.legend(axis, fontsize=8)
+    style.legend(rivals, "lower center", fontsize=8, ncols=3, bbox_to_anchor=(0.5, 1.0))
+    style.legend(training, fontsize=8)
     figure.suptitle(f"{title}: market shares")
     figure.tight_layout()
     style.save(figure, path)
@@ -157,7 +160,8 @@ def _taker_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
     axis.barh(rows, 100 - own - others, left=own + others, color=OTHER, alpha=0.5, label="nobody: they walk away")
     axis.set_yticks(rows, league.names)
     axis.invert_yaxis()
-    axis.set(xlabel="share of the takers (%)", ylabel="rivals", title="who gets the takers, by kind of rival")
+    axis.set(xlabel="share of the takers (%)", ylabel="rivals")
+    axis.set_title("who gets the takers, by kind of rival", pad=24)  # room for the legend
 
 
 def _snapshot_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
@@ -170,7 +174,8 @@ def _snapshot_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
             continue
         own = league.share[rows, names.index(name)]
         others = league.others_share[rows, names.index(name)]
-        axis.plot(range(len(rows)), 100 * own / np.maximum(own + others, 1e-9), line, color=colour, label=f"against {name}")
+        share = 100 * own / np.maximum(own + others, 1e-9)
+        axis.plot(range(len(rows)), share, line, color=colour, label=f"against {name}")
     axis.axhline(100 / num_makers, color="black", linewidth=0.8, label="an equal share")
     axis.set_xticks(range(len(rows)), snapshots, rotation=20, ha="right")
     axis.set(ylabel="share of all trades (%)", title="market share of each snapshot")

@@ -1,6 +1,6 @@
 """Colours, legend, and the figures of all phases: learning curve, P&L distributions, advantage by date."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -32,11 +32,13 @@ def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.5),
         return figure, figure.subplots(rows, columns, **options)
 
 
-def mosaic(layout: list[list[str]], size: tuple[float, float], **options) -> tuple[Figure, dict[str, Axes]]:
-    """A figure whose panels have the names in `layout`, row by row; a name that repeats is a wider panel."""
+def rows_of_panels(
+    rows: Sequence[Sequence[str]], size: tuple[float, float], **options
+) -> tuple[Figure, dict[str, Axes]]:
+    """A figure in our style and its axes by name. Every row is as wide as the figure, whatever its number of panels."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.subplot_mosaic(layout, **options)
+        return figure, figure.subplot_mosaic([[[list(row)]] for row in rows], **options)
 
 
 def save(figure: Figure, path: Path) -> None:

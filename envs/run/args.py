@@ -127,6 +127,15 @@ def check_ppo(args) -> None:
     )
 
 
+def check_copies(args) -> None:
+    """Raises UsageError if `args.copies` rows cannot share a market and explore in opposite pairs."""
+    even = args.copies == 1 or args.copies % 2 == 0
+    check(
+        args.copies >= 1 and even and args.num_envs % args.copies == 0,
+        f"--copies is {args.copies} (1 or an even number, must divide --num-envs = {args.num_envs})",
+    )
+
+
 def parse_args(args_class: type, argv: Sequence[str], default=None):
     """Parses `argv` into the dataclass `args_class` with tyro, starting from `default` if given.
 

@@ -5,13 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import MODELS
+from common import MODELS, quoted
 
 from envs import AgainstRivals, QuotingEnv
 from envs.baselines import makers
+from envs.benchmark.contest import play
 from envs.market import black_scholes
+from envs.market.moves import StepMoves
 
 F64 = torch.float64
+
+
+def spread_and_skew(market, action):
+    """Half-spreads and skews (n, num_options) of an action's quotes."""
+    numbers = market.by_name(action)
+    return 0.5 * (numbers["ask"] + numbers["bid"]), 0.5 * (numbers["ask"] - numbers["bid"])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,7 @@ def test_residual_variance_of_a_hedged_option():
     env = QuotingEnv(4, dtype=F64)
     env.reset(seed=0)
     for _ in range(7):
-        env.step(torch.full((4, 2, 4), 1.0, dtype=F64))
+        env.step(torch.ones(4, 2, env.action_size, dtype=F64))
     state = env.decode(env.observe()[:, 0])
     heston, tau = env.dynamics, state.time_to_expiry[0].item()
     weight = -math.expm1(-4 * tau) / (4 * tau)
@@ -91,6 +99,11 @@ def test_residual_variance_of_a_hedged_option():
     expected = (greeks.vega * alpha[:, None]) ** 2 * (1 - heston.correlation**2) + gamma_risk
     ours = makers._residual_variance(env, state)[:, None] * (0.01 * greeks.vega) ** 2
     torch.testing.assert_close(ours, expected, rtol=4e-2, atol=0)  # α and ρ are of a whole step, to order κ dt
+    surface = QuotingEnv(4, options=quoted(60, 120, dt=1 / 504, moneyness=(0.0,)), dtype=F64)
+    each = [QuotingEnv(4, options=[option], dtype=F64) for option in surface.options]
+    means = [makers._residual_variance(market, state) for market in (surface, *each)]
+    torch.testing.assert_close(means[0], 0.5 * (means[1] + means[2]))  # of a surface it is the mean
+    assert (means[1] > 1.5 * means[2]).all()
 
 
 def test_skew_sells_what_is_held_and_the_spread_narrows_with_time():
@@ -101,43 +114,98 @@ def test_skew_sells_what_is_held_and_the_spread_narrows_with_time():
     vega = torch.tensor([-1.0, 0.0, 1.0])
     for policy in (named, makers.glft(market, 1.5, 0.8)):
         early, late = policy(still.observe_at(0, vega)), policy(still.observe_at(50, vega))
-        assert early[0, 1] > 0 == early[1, 1] > early[2, 1]
-        assert (early[:, 2:] == 0).all()  # Black–Scholes delta, no band
-        assert (late[:, 0] != early[:, 0]).all()
-    assert (named(still.observe_at(50))[:, 0] < named(still.observe_at(0))[:, 0]).all()
+        half_spread, skew = spread_and_skew(market, early)
+        assert (half_spread == half_spread[:, :1]).all()  # all options alike, up to rounding of the skew
+        torch.testing.assert_close(skew, skew[:, :1].expand_as(skew))
+        assert skew[0, 1] > 0 == skew[1, 1] > skew[2, 1]
+        assert (early[:, 10:] == 0).all()  # Black–Scholes delta, no band
+        assert (spread_and_skew(market, late)[0] != half_spread).all()
+    early, late = (spread_and_skew(market, named(still.observe_at(t)))[0] for t in (0, 50))
+    assert (late < early).all()
     wide = makers.avellaneda_stoikov(market, 0.25, 0.8, spread=1.5)
-    torch.testing.assert_close(wide(still.observe_at(0))[:, 0], 1.5 * named(still.observe_at(0))[:, 0])
+    torch.testing.assert_close(spread_and_skew(market, wide(still.observe_at(0)))[0], 1.5 * early)
 
 
 @pytest.mark.parametrize("name", ["gbm", "heston", "garch"])
 def test_minimum_variance_target_minimises_the_variance_of_a_step(name):
-    market = QuotingEnv(40_000, MODELS[name], dtype=F64, num_steps=3, expiry=60)
+    """With the smile the book is at its fair value, without it at its reference price."""
+    market = QuotingEnv(40_000, MODELS[name], quoted(60), num_steps=3, arrival_rate=1e-6, dtype=F64)
     market.reset(seed=0)
     market.position = torch.ones(40_000, 2, 5, dtype=F64) * torch.tensor([[2.0], [-3.0]])
     observation = market.observe()
-    policy = makers.minimum_variance_band(market, makers.constant_spread(market, 1.0), 0.1)
-    target = policy(observation[:, 0])[:, 2].mean()
-    assert (policy(observation[:, 0])[:, 3] == 0.1).all()
-    hedge = target - (market.position * market.delta[0][:, None]).sum(-1)[0, 0]
+    constant = makers.constant_spread(market, 1.0)
+    plain = makers.minimum_variance_band(market, constant, 0.1)
+    smile = makers.with_the_smile(market, constant, StepMoves(market), 0.5, 0.1)
     move = market.spot[1] - market.spot[0]
-    book = (market.position[:, 0] * (market.mark[1] - market.mark[0])).sum(-1)
-    best = -torch.cov(torch.stack((book, move)))[0, 1] / move.var()
-    assert float(hedge) == pytest.approx(best.item(), abs=0.02 + 0.05 * abs(target.item()))
+    targets = []
+    for policy, prices in ((plain, market.reference), (smile, market.mark)):
+        action = market.by_name(policy(observation[:, 0]))
+        target = action["target"].mean()
+        assert (action["band"] == 0.1).all()
+        hedge = target - (market.position * market.delta[0][:, None]).sum(-1)[0, 0]
+        book = (market.position[:, 0] * (prices[1] - prices[0])).sum(-1)
+        best = -torch.cov(torch.stack((book, move)))[0, 1] / move.var()
+        assert float(hedge) == pytest.approx(best.item(), abs=0.02 + 0.05 * abs(target.item()))
+        targets.append(target.item())
     if name == "gbm":
-        assert target == 0
+        assert targets[0] == 0
+        assert targets[1] == pytest.approx(0, abs=1e-2)
+    else:
+        assert min(targets) > 0.1  # vega falls when the market rises
+
+
+@pytest.mark.parametrize("expiries", [(24,), (16, 24)])
+def test_quotes_are_shifted_by_a_share_of_the_way_to_the_fair_value(expiries):
+    market = QuotingEnv(16, options=quoted(*expiries, dt=1 / 504), num_steps=12, dtype=F64)
+    market.reset(seed=0)
+    moves = StepMoves(market)
+    quotes = makers.glft(market, 1.5, 0.8)
+    plain = makers.minimum_variance_band(market, quotes, 0.2)
+    policies = [makers.with_the_smile(market, quotes, moves, share, 0.2) for share in (0.0, 0.4, 1.0)]
+    for _ in range(5):
+        seen = market.observe()[:, 0]
+        gap = market.gap[market.t, :, 0]
+        before = market.by_name(plain(seen))
+        actions = [market.by_name(policy(seen)) for policy in policies]
+        for share, action in zip((0.0, 0.4, 1.0), actions, strict=True):
+            torch.testing.assert_close(action["ask"] - before["ask"], share * gap, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(action["bid"] - before["bid"], -share * gap, rtol=1e-5, atol=1e-5)
+            assert torch.equal(action["target"], actions[0]["target"])
+            assert (action["band"] == 0.2).all()
+        state = market.decode(seen)
+        expected = -(state.position * moves.exposure_at(state)).sum(-1)
+        torch.testing.assert_close(actions[0]["target"], expected)
+        market.step(torch.stack([policies[1](seen)] * 2, 1))
+    assert actions[0]["target"].abs().max() > 0.01
+
+
+def test_a_maker_who_knows_the_fair_value_is_not_picked_off():
+    """Where all takers are informed, Black–Scholes quotes lose what quotes around the fair value earn."""
+    market = QuotingEnv(256, options=quoted(120, dt=1 / 504), num_steps=12, informed_share=1.0)
+    moves = StepMoves(market)
+    constant = makers.constant_spread(market, 1.0)
+    earned = {}
+    for share in (0.0, 1.0):
+        env = AgainstRivals(market, [constant])
+        env.reset(seed=0)
+        policy = makers.with_the_smile(market, constant, moves, share, 0.0)
+        earned[share] = play(env, policy)["income"].mean()
+    assert earned[0.0] < 0 < earned[1.0]
 
 
 def test_quotes_stay_finite_where_no_option_has_vega_left():
-    market = QuotingEnv(2, num_steps=3, expiry=6)
+    market = QuotingEnv(2, num_steps=3)
     market.reset(seed=0)
     spot = torch.tensor([[100.0, 20.0, 20.0, 20.0], [100.0, 500.0, 500.0, 500.0]])
     market.set_market(spot, market.variance.T.clone(), market.intensity.transpose(0, 1), market.marks.transpose(0, 1))
     observation, _ = market.replay()
-    for policy in (makers.avellaneda_stoikov(market, 0.25, 0.8), makers.glft(market, 1.2, 0.8)):
+    glft = makers.glft(market, 1.2, 0.8)
+    smile = makers.with_the_smile(market, glft, StepMoves(market), 1.0, 0.1)
+    for policy in (makers.avellaneda_stoikov(market, 0.25, 0.8), glft, smile):
         market.replay()
         for _ in range(3):
             action = policy(market.observe()[:, 0])
             assert action.isfinite().all()
-            observation, reward, *_ = market.step(action[:, None].expand(2, 2, 4))
+            observation, reward, *_ = market.step(action[:, None].expand(2, 2, -1))
             assert reward.isfinite().all()
             assert observation.isfinite().all()

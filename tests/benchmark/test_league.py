@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from common import quoted
 from scipy.stats import norm
 
 from envs import AgainstRivals, QuotingEnv
@@ -14,17 +15,31 @@ from envs.benchmark.contest import play
 from envs.benchmark.quoting import quoting_contest
 from envs.benchmark.report import Benchmark, Estimate
 from envs.market import dynamics
+from envs.optimum.edges import EdgeTable
 from envs.optimum.quotes import best_response, monopoly_edge, nash_edge
 from envs.run.files import write_json
 from envs.run.seeds import BENCHMARK_SEED
 
-NEUTRAL = {"dynamics": dynamics.GBM(dt=1 / 504), "risk_aversion": 0.0, "cost_rate": 0.0}
+HESTON = {"risk_aversion": 0.0, "cost_rate": 0.0}
+NEUTRAL = {"dynamics": dynamics.GBM(dt=1 / 504), **HESTON}
 
 
-def constant(edge: float):
-    """A maker that always quotes this edge and hedges its delta."""
-    action = torch.tensor([edge, 0.0, 0.0, 0.0])
-    return lambda observation: action.expand(len(observation), 4)
+def constant(edge: float, tilt: float = 0.0):
+    """A maker that always quotes this edge on five options, up to a tilt of asks and bids; it hedges its delta."""
+    action = torch.tensor([*[edge + tilt] * 5, *[edge - tilt] * 5, 0.0, 0.0])
+    return lambda observation: action.expand(len(observation), 12)
+
+
+def by_table(market, edges):
+    """A maker who looks its edge up in a table by the gap that it faces: `EdgeTable.nash` or `.monopoly`."""
+
+    def policy(observation):
+        gap = market.gap_at(market.decode(observation))
+        action = torch.zeros(len(observation), market.action_size)
+        action[:, :5], action[:, 5:10] = edges(gap), edges(-gap)
+        return action
+
+    return policy
 
 
 def invented(margins, episodes=400, noise=0.1) -> league.CrossPlay:
@@ -38,7 +53,7 @@ def invented(margins, episodes=400, noise=0.1) -> league.CrossPlay:
 
 
 def test_one_match_gives_both_sides():
-    market = QuotingEnv(num_steps=20, expiry=40)
+    market = QuotingEnv(num_steps=20)
     policies = {"narrow": formulas.glft(market, 2.0, 0.7), "wide": formulas.avellaneda_stoikov(market, 0.23, 0.8)}
     played = league.cross_play(market, policies, 128)
     for i, one in enumerate(policies.values()):
@@ -57,7 +72,7 @@ def test_one_match_gives_both_sides():
 
 
 def test_with_three_makers_the_others_are_of_one_kind():
-    market = QuotingEnv(num_makers=3, num_steps=10, expiry=20)
+    market = QuotingEnv(num_makers=3, num_steps=10, informed_share=0.0)
     played = league.cross_play(market, {"a": constant(1.0), "b": constant(1.5)}, 256)
     assert played.share[0, 1] > played.share[1, 0]  # the narrower quote
     odds = {"a": 1.0, "b": np.exp(-1.0)}  # exp(−k(d − 1))
@@ -95,7 +110,7 @@ def test_advantage_is_paired_and_the_report_is_written(tmp_path):
 
 
 def test_exploitability():
-    market = QuotingEnv(num_steps=20, expiry=40, **NEUTRAL)
+    market = QuotingEnv(num_steps=20, **NEUTRAL)
     same = league.exploitability(market, constant(1.2), constant(1.2), 256)
     assert same.gain.mean == same.share.mean == 0
     best = float(best_response(torch.tensor([1.2], dtype=torch.float64), 2.0, 1.0))
@@ -112,17 +127,47 @@ def test_exploitability():
 
 @pytest.mark.parametrize("num_makers", [2, 3, 5])
 def test_competition_knows_nash_and_monopoly(num_makers):
-    market = QuotingEnv(num_steps=5, expiry=10, num_makers=num_makers, **NEUTRAL)
+    market = QuotingEnv(num_steps=5, num_makers=num_makers, **NEUTRAL)
     nash, monopoly = (solve(num_makers, 2.0, 1.0) for solve in (nash_edge, monopoly_edge))
     at_nash = league.competition(market, constant(nash), 64)
-    assert at_nash.edge == pytest.approx(nash, abs=1e-5)
+    np.testing.assert_allclose(at_nash.edges, nash, atol=1e-5)
+    assert at_nash.edges.shape == (2, 5)
+    assert at_nash.off_nash.max() < 1e-3
     assert at_nash.collusion == pytest.approx(0, abs=1e-4)
     assert at_nash.exploitability == pytest.approx(0, abs=1e-5)
     cartel = league.competition(market, constant(monopoly), 64)
     assert cartel.collusion == pytest.approx(1, abs=1e-4)
     assert cartel.exploitability > 0.02
     if num_makers == 2:  # reference.md
-        assert (cartel.nash, cartel.monopoly) == (pytest.approx(0.7995, abs=1e-4), pytest.approx(1.187, abs=1e-3))
+        np.testing.assert_allclose(cartel.nash, 0.7995, atol=1e-4)
+        np.testing.assert_allclose(cartel.monopoly, 1.187, atol=1e-3)
+    tilted = league.competition(market, constant(nash, 0.25), 64)
+    np.testing.assert_allclose(tilted.edges, nash + np.array([[0.25], [-0.25]]) * np.ones(5), atol=1e-5)
+    np.testing.assert_allclose(tilted.off_nash, 0.25, atol=1e-3)  # of a vol point, as the edge is less than one
+    assert tilted.exploitability > 0.01
+
+
+@pytest.mark.parametrize("informed_share", [0.2, 1.0])
+def test_competition_in_heston(informed_share):
+    """With both kinds of takers: those who quote Nash edges by option and side are at Nash, the cartel at monopoly."""
+    market = QuotingEnv(num_steps=5, options=quoted(120, dt=1 / 504), informed_share=informed_share, **HESTON)
+    table = EdgeTable(2, 2.0, 1.0, informed_share)
+    at_nash = league.competition(market, by_table(market, table.nash), 64)
+    assert at_nash.off_nash.max() < 1e-4
+    assert at_nash.collusion == pytest.approx(0, abs=1e-4)
+    assert at_nash.exploitability == pytest.approx(0, abs=1e-4)
+    assert at_nash.edges.min() < 0 < at_nash.edges.max()  # the fair value is far from the reference
+    if informed_share == 1:
+        over = at_nash.edges - np.array([[1], [-1]]) * np.array([2.4, 0.78, -0.81, -2.38, -3.42])
+        np.testing.assert_allclose(over, 0.7995, atol=0.1)  # where the spot has moved, the gap has too
+    cartel = league.competition(market, by_table(market, table.monopoly), 64)
+    assert cartel.collusion == pytest.approx(1, abs=1e-4)
+    np.testing.assert_allclose(cartel.edges, cartel.monopoly, atol=1e-4)
+    flat = league.competition(market, constant(0.7995), 64)
+    assert flat.off_nash.max() > 0.5
+    assert abs(flat.collusion) > 0.1
+    if informed_share < 1:  # or it earns nothing that the gain could be a share of
+        assert flat.exploitability > 0.5
 
 
 def judged(agent, market, **changes):
@@ -142,16 +187,19 @@ def failed(result) -> set[str]:
 
 
 def test_verdict():
-    market = QuotingEnv(num_steps=10, expiry=20)
-    good = makers.assemble(market, {makers.RIVAL: (0.25, 0.8), makers.GLFT: (2.0, 0.7)}, "").policies[makers.GLFT]
+    market = QuotingEnv(num_steps=10)
+    parameters = {makers.RIVAL: (0.25, 0.8), makers.GLFT_SMILE: (1.2, 0.8, 0.5, 0.15)}
+    good = makers.assemble(market, parameters, "").policies[makers.GLFT_SMILE]
     assert failed(judged(good, market)) == set()
     gain = Estimate(0.3, 0.01, 0.28, 0.32)
     exploited = league.Exploitability(gain, Estimate(0.03, 0.001, 0.028, 0.032), 10.0)
     assert failed(judged(good, market, exploited=exploited)) == {"best response gains 2 % at most"}
     assert failed(judged(constant(3.0), market)) >= {f"beats {makers.AVELLANEDA_STOIKOV}"}
-    neutral = QuotingEnv(num_steps=10, expiry=20, **NEUTRAL)
+    neutral = QuotingEnv(num_steps=10, **NEUTRAL)
     assert failed(judged(constant(0.7995), neutral)) == set()
-    all_of_them = {"edge within 3 % of Nash", "exploitable, in closed form, by 0.3 % at most"}
+    # one side too high, the other too low: within 3 % on average, but not each
+    assert failed(judged(constant(0.7995, 0.05), neutral)) == {"edges within 3 % of Nash"}
+    all_of_them = {"edges within 3 % of Nash", "exploitable, in closed form, by 0.3 % at most"}
     assert failed(judged(constant(1.187), neutral)) == all_of_them | {"collusion index within ±0.1"}
 
 
@@ -245,13 +293,13 @@ def test_a_run_without_snapshots_is_not_asked_for_progress():
 
 
 def classics_of(market) -> makers.Makers:
-    """Two classical makers that nobody has tuned."""
-    found = {makers.RIVAL: (0.25, 0.8), makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.STRONGEST_MAKER: (1.2, 0.8, 0.1)}
-    return makers.assemble(market, found, "")
+    """Two classical makers that nobody has tuned, and one that knows the model."""
+    found = {makers.RIVAL: (0.25, 0.8), makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.LINEAR_START: (1.2, 0.8, 0.1)}
+    return makers.assemble(market, {**found, makers.MULTI_ASSET: (3.0, 0.1, 0.8, 0.15)}, "")
 
 
 def test_validation_measures_both_against_the_classic_and_among_themselves():
-    market = QuotingEnv(num_steps=10, expiry=20, **NEUTRAL)
+    market = QuotingEnv(num_steps=10, **NEUTRAL)
     classics = classics_of(market)
     validate = league.SelfplayValidation(classics, 512)
     metrics = validate(constant(0.9))
@@ -270,22 +318,23 @@ def test_validation_measures_both_against_the_classic_and_among_themselves():
 
 
 def test_benchmark_has_everyone_against_everyone():
-    market = QuotingEnv(num_steps=10, expiry=20)
+    market = QuotingEnv(num_steps=10)
     past = {"step 0": constant(2.0), "step 640": constant(1.4), "guest": constant(1.0)}
     result, contest, played, compete = league.selfplay_benchmark(
         title="title", settings={"seed": 1}, agent=constant(1.2), classics=classics_of(market), past=past,
         response=constant(1.1), make_market=None, model=market.dynamics, episodes=256, default_market=False,
     )  # fmt: skip
-    names = [*past, "agent", makers.AVELLANEDA_STOIKOV, makers.STRONGEST_MAKER]
+    classics = [makers.AVELLANEDA_STOIKOV, makers.LINEAR_START, makers.MULTI_ASSET]
+    names = [*past, "agent", *classics]
     assert played.names == names
-    assert set(contest.played) == {"agent", makers.AVELLANEDA_STOIKOV, makers.STRONGEST_MAKER}
+    assert set(contest.played) == {"agent", *classics}
     league_table, progress = result.tables.values()
     assert [row[0] for row in league_table.body] == names
     assert [row[0] for row in progress.body] == ["step 0", "step 640"]  # a guest is no snapshot of this run
     assert result.files["cross_play.json"]["names"] == names
     assert result.remarks == [played.summary()]
-    assert result.settings["competition"].keys() == {"edge", "nash", "monopoly"}
-    assert compete.edge == pytest.approx(1.2, abs=1e-5)
+    assert result.settings["competition"].keys() == {"edges", "nash", "monopoly"}
+    np.testing.assert_allclose(compete.edges, 1.2, atol=1e-5)
     asked = [criterion.name for criterion in result.criteria]
     assert asked == [
         f"beats {makers.AVELLANEDA_STOIKOV}", "best response gains 2 % at most",

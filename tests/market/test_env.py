@@ -9,14 +9,16 @@ from envs.baselines import hedgers, makers
 from envs.benchmark.contest import play
 from envs.market.dynamics import GBM
 from envs.market.env import Part
+from envs.market.moves import StepMoves
 from envs.optimum.hedge import optimal_hedge
-from envs.optimum.quotes import optimal_quotes
+from envs.optimum.makers import BestResponse, MultiAsset, VegaProgramming
 
 F64 = torch.float64
 
 
 class Talkative(QuotingEnv):
-    """Makers see the spot before everything else and their account in the middle, and have a fifth number."""
+    """Makers see the spot before everything else and their account in the middle, and have one more number between the
+    asks and the bids."""
 
     def observation_parts(self):
         parts = super().observation_parts()
@@ -26,8 +28,8 @@ class Talkative(QuotingEnv):
         return {"spot": spot, **first, "account": account, **parts}
 
     def action_bounds(self):
-        low, *rest = super().action_bounds().items()
-        return dict([low, ("tilt", (-5.0, 5.0)), *rest])
+        asks, *rest = super().action_bounds().items()
+        return dict([asks, ("premium", (-5.0, 5.0)), *rest])
 
 
 class Verbose(HedgingEnv):
@@ -51,40 +53,74 @@ def test_spaces_and_columns_follow_from_the_tables(env):
     assert starts == [0, *ends[:-1]]
     assert [end - start for start, end in zip(starts, ends, strict=True)] == [part.width for part in parts.values()]
     assert observation.shape[-1] == ends[-1] == env.single_observation_space.shape[-1]
-    assert env.single_action_space.shape[-1] == len(bounds)
+    counts = [count[0] if count else 1 for _, _, *count in bounds.values()]
+    assert env.single_action_space.shape[-1] == env.action_size == sum(counts)
     low, high = (torch.from_numpy(x).double() for x in (env.single_action_space.low, env.single_action_space.high))
-    expected = torch.tensor(list(bounds.values()), dtype=F64)
-    torch.testing.assert_close(low.view(-1, len(bounds))[0], expected[:, 0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(high.view(-1, len(bounds))[0], expected[:, 1], rtol=1e-6, atol=0)
+    expected = [(x[0], x[1]) for x, count in zip(bounds.values(), counts, strict=True) for _ in range(count)]
+    expected = torch.tensor(expected, dtype=F64)
+    torch.testing.assert_close(low.view(-1, env.action_size)[0], expected[:, 0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(high.view(-1, env.action_size)[0], expected[:, 1], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("env", "size"), [(HedgingEnv(3), (3,)), (QuotingEnv(3), (3, 2))])
+def test_names_of_numbers():
+    """One name for one number is a column, one for several is a slice; messages count them."""
+    assert HedgingEnv(1).action_columns == {"offset": 0, "half_width": 1}
+    market = QuotingEnv(1, options=[(95.0, 60, False), (100.0, 60)], fair_marks=False)
+    assert market.action_columns == {"ask": slice(0, 2), "bid": slice(2, 4), "target": 4, "band": 5}
+    assert market.action_names() == ["ask 0", "ask 1", "bid 0", "bid 1", "target", "band"]
+    one = QuotingEnv(1, options=[(100.0, 60)], fair_marks=False)
+    assert one.action_columns["ask"] == slice(0, 1)  # an axis of its own, though there is one option
+    assert one.by_name(torch.zeros(7, 4))["ask"].shape == (7, 1)
+
+
+@pytest.mark.parametrize(("env", "size"), [(HedgingEnv(3), (3,)), (QuotingEnv(3), (3, 2)), (Talkative(3), (3, 2))])
 def test_actions_by_name(env, size):
-    numbers = {name: torch.full(size, float(i)) for i, name in enumerate(env.action_bounds())}
+    shapes = {name: (*size, *count) for name, (_, _, *count) in env.action_bounds().items()}
+    generator = torch.Generator().manual_seed(0)
+    numbers = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     actions = env.to_action(**numbers)
-    assert actions.shape == (*size, len(numbers))
+    assert actions.shape == (*size, env.action_size)
     assert all(torch.equal(env.by_name(actions)[name], value) for name, value in numbers.items())
     first, second, *others = numbers
-    partial = env.by_name(env.to_action(**{second: torch.ones(size), first: 0.5}))
+    partial = env.by_name(env.to_action(**{second: torch.ones(shapes[second]), first: 0.5}))
     assert (partial[first] == 0.5).all()
     assert (partial[second] == 1).all()
     assert all((partial[name] == 0).all() for name in others)
     with pytest.raises(ValueError, match=f"an action has no hedge \\(only {', '.join(numbers)}\\)"):
         env.to_action(hedge=torch.ones(size))
-    wrong = torch.zeros(*size, len(numbers) + 1)
-    with pytest.raises(ValueError, match=f"actions have {len(numbers) + 1} columns \\({len(numbers)}: {first}"):
+    wrong = torch.zeros(*size, env.action_size + 1)
+    with pytest.raises(ValueError, match=f"actions have {env.action_size + 1} columns \\({env.action_size}: {first}"):
         env.by_name(wrong)
+
+
+def test_quotes_are_composed_of_half_spread_skew_and_tilt():
+    market = QuotingEnv(3, fair_marks=False)
+    half_spread, skew = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, -0.2, 0.0])
+    tilt = torch.tensor([0.5, 0.0, 0.0, 0.0, -0.5])
+    action = market.by_name(market.quote(half_spread, skew, tilt, target=skew, band=0.3))
+    up = skew[:, None] + tilt
+    torch.testing.assert_close(action["ask"], half_spread[:, None] + up)
+    torch.testing.assert_close(action["bid"], half_spread[:, None] - up)
+    assert torch.equal(action["target"], skew)
+    assert (action["band"] == 0.3).all()
+    each = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    action = market.by_name(market.quote(each, tilt=0.1 * each))
+    torch.testing.assert_close(action["ask"], 1.1 * each)
+    torch.testing.assert_close(action["bid"], 0.9 * each)
+    assert (action["target"] == 0).all()
 
 
 def test_a_new_observation_is_misread_by_no_one():
     """Wherever the new parts are: state, classical makers and their results are those of the plain market."""
-    plain, more = (kind(64, num_makers=3, num_steps=6, expiry=12, dtype=F64) for kind in (QuotingEnv, Talkative))
+    plain, more = (kind(64, num_makers=3, num_steps=6, dtype=F64) for kind in (QuotingEnv, Talkative))
     assert more.maker_observation_space.shape == (plain.maker_observation_space.shape[0] + 3,)
-    assert more.maker_action_space.shape == (5,)
+    assert more.maker_action_space.shape == (13,)
 
     def played(market):
         formulas = [makers.avellaneda_stoikov(market, 0.2, 1.0), makers.constant_spread(market, 1.0)]
-        own = makers.minimum_variance_band(market, makers.glft(market, 1.5, 0.8), 0.1)
+        glft = makers.glft(market, 1.5, 0.8)
+        own = makers.with_the_smile(market, glft, StepMoves(market), 0.5, 0.1)
+        formulas[1] = makers.minimum_variance_band(market, formulas[1], 0.1)
         env = AgainstRivals(market, formulas)
         observation, _ = env.reset(seed=0)
         rewards, states = [], []
@@ -107,15 +143,16 @@ def test_a_new_observation_is_misread_by_no_one():
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
-def test_the_dynamic_programming_quotes_in_a_market_with_more_numbers():
+def test_those_who_know_the_model_quote_in_a_market_with_more_numbers():
     results = []
     for kind in (QuotingEnv, Talkative):
-        market = kind(64, GBM(0.2, 1 / 504), num_steps=6, expiry=12)
+        market = kind(64, GBM(0.2, 1 / 504), num_steps=6)
         env = AgainstRivals(market, [makers.constant_spread(market, 1.1)])
-        policy = optimal_quotes(env, band=0.1)
+        moves = StepMoves(market)
+        policies = [kind(env, moves, 1.0, 0.1, 0.8, 0.1) for kind in (MultiAsset, VegaProgramming)]
         env.reset(seed=0)
-        results.append(play(env, policy)["objective"])
-    assert (results[0] == results[1]).all()
+        results.append([play(env, policy)["objective"] for policy in (*policies, BestResponse(env))])
+    assert all((one == two).all() for one, two in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +177,7 @@ def test_hedgers_too(strategy):
     assert all(torch.equal(x, y) for x, y in zip(state, expected, strict=True))
 
 
-@pytest.mark.parametrize("env", [Verbose(3, num_steps=8, cost_rate=0.01), Talkative(3, num_steps=6, expiry=12)])
+@pytest.mark.parametrize("env", [Verbose(3, num_steps=8, cost_rate=0.01), Talkative(3, num_steps=6)])
 def test_the_same_environment_in_another_size(env):
     more = env.like(5)
     assert type(more) is type(env)

@@ -1,4 +1,4 @@
-"""The best response, the edges of competition and of a cartel, and the inventory dynamic programming."""
+"""The best response, and the edges of competition and of a cartel, in closed form."""
 
 import math
 
@@ -6,18 +6,9 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from envs import AgainstRivals, QuotingEnv
-from envs.baselines import makers
-from envs.benchmark.contest import play
-from envs.benchmark.quoting import edge_error
-from envs.market import dynamics
-from envs.optimum.quotes import best_response, monopoly_edge, nash_edge, optimal_quotes
+from envs.optimum.quotes import best_response, monopoly_edge, nash_edge
 
 F64 = torch.float64
-
-
-def gbm_market(num_envs, **settings) -> QuotingEnv:
-    return QuotingEnv(num_envs, dynamics.GBM(0.2, 1 / 504), **settings)
 
 
 @pytest.mark.parametrize(
@@ -50,53 +41,3 @@ def test_best_response_earns_most(rivals, cost):
     assert float(ours) == pytest.approx(best.x, abs=1e-5)
     in_floats = best_response(torch.tensor(rivals), 2.0, 1.0, torch.tensor(cost))
     assert float(in_floats) == pytest.approx(float(ours), abs=1e-5)
-
-
-def test_dynamic_programming_without_risk_is_the_best_response():
-    market = gbm_market(1024, risk_aversion=0.0, cost_rate=0.0)
-    env = AgainstRivals(market, [makers.constant_spread(market, 1.1)])
-    policy = optimal_quotes(env)
-    assert policy.marginal_costs.abs().max() < 1e-9
-    env.reset(seed=0)
-    assert edge_error(env, policy) < 2e-3  # before the first quote the rival's is not known
-    still = env.standing_still(1)
-    best = best_response(torch.tensor([1.1]), 2.0, 1.0)
-    torch.testing.assert_close(policy(still.observe_at(5))[0], torch.tensor([best, 0.0, 0.0, 0.0]))
-    env.reset(seed=0)
-    value = {}
-    for name, family in (("best", policy), ("less", lambda o: policy(o) * 0.95), ("more", lambda o: policy(o) * 1.05)):
-        value[name] = play(env, family)["objective_centred"].mean()
-    assert value["best"] > max(value["less"], value["more"])
-
-
-def test_dynamic_programming_charges_for_inventory():
-    market = gbm_market(1)
-    env = AgainstRivals(market, [makers.constant_spread(market, 1.1)])
-    policy = optimal_quotes(env, band=0.2)
-    costs, vegas = policy.marginal_costs, policy.vegas
-    middle = len(vegas) // 2
-    assert vegas[middle].abs() < 1e-6
-    assert (costs[:, middle] > 0).all()  # flat, every trade adds risk
-    torch.testing.assert_close(costs[:, :, 0], costs[:, :, 1].flip(1), rtol=1e-4, atol=1e-5)  # buying mirrors selling
-    inner = costs[0, middle - 200 : middle + 200, 0]
-    assert (inner.diff() < 0).all()  # the more is held, the more gladly it is sold
-    action = policy(env.standing_still(1).observe_at(0, torch.tensor([1.0])))
-    assert action[0, 1] < 0
-    assert action[0, 3] == pytest.approx(0.2)
-    averse = optimal_quotes(env, risk_aversion=2.0)
-    assert averse.value < policy.value
-    with pytest.raises(ValueError, match="under heston \\(only gbm\\)"):
-        optimal_quotes(AgainstRivals(QuotingEnv(1), [policy]))
-
-
-def test_dynamic_programming_predicts_its_value_where_its_assumptions_hold():
-    """Far from expiry the spot's moves hardly change the vegas, and hedging is free; so the model is nearly exact."""
-    settings = {"num_steps": 20, "expiry": 6000, "risk_aversion": 1e4, "cost_rate": 0.0, "moneyness": (0.0, 0.1)}
-    market = gbm_market(8192, **settings, flow_sd=0.0, dtype=F64)
-    env = AgainstRivals(market, [makers.constant_spread(market, 1.1)])
-    policy = optimal_quotes(env)
-    env.reset(seed=0)
-    played = play(env, policy)["objective_centred"]
-    neutral = play(env, optimal_quotes(env, risk_aversion=0.0))["objective_centred"]
-    assert neutral.mean() < 0.8 * played.mean()  # so inventory does matter here
-    assert played.mean() == pytest.approx(policy.value, rel=0.03)

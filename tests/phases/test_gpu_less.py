@@ -12,7 +12,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from common import CPU, PHASES
+from common import CPU, PHASES, invented
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -92,9 +92,7 @@ def sgd(agent):
 
 
 def classics_of(market: QuotingEnv) -> makers.Makers:
-    parameters = dict.fromkeys((makers.RIVAL, makers.AVELLANEDA_STOIKOV, makers.GLFT), (0.25, 0.8))
-    parameters |= {makers.CONSTANT_SPREAD: (2.0,), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
-    return makers.assemble(market, parameters, "invented")
+    return makers.assemble(market, invented(*phase4.CLASSICS), "invented")
 
 
 def calibration_iteration(model):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import CPU, PHASES, ROOT
+from common import CPU, PHASES, ROOT, invented
 
 import phase4_selfplay as phase4
 from envs.baselines import makers as formulas
@@ -28,12 +28,10 @@ def make(num_envs=12, **changes):
     """Flags, the classical makers of a market, and an agent that nobody has trained."""
     args = PHASE.args(**{"num_envs": num_envs, **changes})
     market = phase4.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS), 64, CPU)
-    parameters = dict.fromkeys((makers.RIVAL, makers.AVELLANEDA_STOIKOV, makers.GLFT), (0.25, 0.8))
-    parameters |= {makers.CONSTANT_SPREAD: (2.0,), makers.STRONGEST_MAKER: (1.2, 0.8, 0.15)}
-    classics = makers.assemble(market, parameters, "invented")
+    classics = makers.assemble(market, invented(*phase4.CLASSICS), "invented")
     torch.manual_seed(args.seed)
     agent = phase4.Agent(market)
-    agent.fit(classics.env.like(64), classics.policies[makers.STRONGEST_MAKER])
+    agent.fit(classics.env.like(64), classics.policies[makers.LINEAR_START])
     return args, classics, agent
 
 
@@ -118,11 +116,11 @@ def test_prioritised_sampling_meets_the_strong_more_often():
 def test_seats_go_round():
     args, classics, agent = make(num_envs=7, num_makers=3, copies=1)
     market = classics.env.env.like(7)
-    rival = torch.tensor([0.123, 0.0, 0.0, 0.5])
+    rival = torch.tensor([*[0.123] * 10, 0.0, 0.5])
     generator = torch.Generator().manual_seed(0)
-    batch, _ = phase4.rollout(market, agent, lambda x: rival.expand(len(x), 4), agent.act, args, generator)
+    batch, _ = phase4.rollout(market, agent, lambda x: rival.expand(len(x), 12), agent.act, args, generator)
     assert batch.observations.shape[0] == 7 * args.num_steps
-    own = (market.edges[..., 0] - 0.123).abs() > 1e-4  # who quoted something else
+    own = ((market.edges - 0.123).abs() > 1e-4).all(-1).all(-1)  # who quoted something else
     assert own.nonzero().tolist() == [[i, i % 3] for i in range(7)]
 
 
@@ -171,11 +169,13 @@ def test_rivals_are_seen_by_the_takers_they_attract():
     _, classics, agent = make()
     observation, _ = classics.env.reset(seed=0)  # rivals count as quoting the reference edge: half of the takers
     seen = agent.attraction(observation)
-    torch.testing.assert_close(seen[:, 8:10], torch.full((len(seen), 2), 0.5))
+    torch.testing.assert_close(seen[:, 8:18], torch.full((len(seen), 10), 0.5))
     assert torch.equal(seen[:, :8], observation[:, :8])
-    assert torch.equal(seen[:, 10:], observation[:, 10:])
+    assert torch.equal(seen[:, 18:], observation[:, 18:])
     observation[:, 8] = 100.0
-    assert agent.attraction(observation)[:, 8].max() < 1e-6
+    seen = agent.attraction(observation)
+    assert seen[:, 8].max() < 1e-6
+    torch.testing.assert_close(seen[:, 9:18], torch.full((len(seen), 9), 0.5))
 
 
 def test_start_edge_and_average(tmp_path):
@@ -198,11 +198,12 @@ def test_a_best_response_leaves_the_policy_as_it_is_and_is_never_worse(tmp_path)
 
 
 def test_a_best_response_exploits_a_bad_policy(tmp_path):
-    args, classics, agent = make(num_envs=512, total_timesteps=512 * 6 * 40, risk_aversion=0.0, cost_rate=0.0)
+    changes = {"risk_aversion": 0.0, "cost_rate": 0.0, "dynamics": "gbm"}
+    args, classics, agent = make(num_envs=512, total_timesteps=512 * 6 * 40, **changes)
     agent.linear_maker[0] = 1.8  # twice what competition allows
     response = phase4.best_response(PHASE.run(args, tmp_path), classics.env.env, agent)
     observation, _ = classics.env.reset(seed=0)
-    assert response.policy(observation)[:, 0].mean() < 0.9 * agent.policy(observation)[:, 0].mean()
+    assert response.policy(observation)[:, :10].mean() < 0.9 * agent.policy(observation)[:, :10].mean()
 
 
 @pytest.mark.slow
