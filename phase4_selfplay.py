@@ -48,6 +48,8 @@ PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 CLASSICS = (AVELLANEDA_STOIKOV, LINEAR_START, GLFT, CONSTANT_SPREAD)  # take their turns as opponents
 HIDDEN = 64  # width of the hidden layers
+IMITATION = 1500  # updates that imitate the classical maker before training
+MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
 
@@ -101,7 +103,8 @@ class Args(QuotingArgs, BatchedRunArgs):
     guests: tuple[str, ...] = ()
     """run folders or checkpoints of other runs, whose agents join the cross-play and, with --opponent pool, the pool"""
     start_edge: float | None = None
-    """half-spread that training starts from, vol points; by default that of the strongest classical maker"""
+    """half-spread that training starts from, vol points, at raw action zero; by default that of the strongest classical
+    maker, which the agent imitates first"""
 
     # The algorithm
     total_timesteps: int = 3_000_000
@@ -116,7 +119,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """discount factor; at 0 no maker is credited with how its rivals will react to its quotes"""
     gae_lambda: float = 0.85
     """λ of generalised advantage estimation"""
-    min_std: float = 0.25
+    min_std: float = 0.15
     """floor of the exploration's standard deviation (raw action): what is better shows in proportion to it"""
     copies: int = 4
     """rows that meet the same market and explore in opposite pairs (an even number, or 1); the mean of their advantages
@@ -186,9 +189,8 @@ class Agent(nn.Module):
     """Gaussian policy and value function, two tanh layers each; the environment's action is `to_quote` of the raw one.
 
     The raw action is half-spread, skew, target delta and band, and a tilt and a width for each option. At zero it is a
-    maker with one constant half-spread for all options, skew and target delta proportional to its vega, and a constant
-    band: linear in what the strongest Black–Scholes maker does, which `fit` measures. So training starts from there,
-    and the smile has to be learnt.
+    maker with one constant half-spread, the same for all options, who neither skews nor tilts its quotes and hedges the
+    Black–Scholes delta within a constant band. `imitate` makes a classical maker of it.
     """
 
     def __init__(self, market: QuotingEnv):
@@ -196,7 +198,6 @@ class Agent(nn.Module):
         size = market.maker_observation_space.shape[0]
         options = market.num_options
         self.parts = (4, options, options)  # of the raw action: common numbers, tilts, widths
-        self.vega = market.columns["net vega"].start
 
         def network(outputs: int, std: float) -> nn.Sequential:
             return nn.Sequential(
@@ -212,37 +213,55 @@ class Agent(nn.Module):
         # Observations are standardised by what the classical maker met before training, and saved with the policy.
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
-        # Half-spread (vol points), skew and target delta per unit of vega, half-width of the band (shares)
-        self.register_buffer("linear_maker", torch.tensor([1.0, -1.0, 0.0, 0.1]))
+        self.register_buffer("half_spread", torch.tensor(1.0))  # of raw action zero, vol points
+        self.register_buffer("band", torch.tensor(0.1))  # the same, shares
 
     @torch.no_grad()
-    def fit(self, env: AgainstRivals, classic) -> None:
-        """Sets normaliser and linear maker from episodes that `classic` plays in the agent's seat."""
+    def fit(self, env: AgainstRivals, classic) -> tuple[Tensor, Tensor]:
+        """Sets the scales, those of the observations too, from episodes that `classic` plays in the agent's seat.
+
+        Returns what it observed and what it did, (steps, …).
+        """
         observation, _ = env.reset(seed=SCALE_SEED)
-        seen = []
+        observed = []
         acted = []
         for _ in range(env.num_steps):
             action = classic(observation)
-            seen.append(observation)
+            observed.append(observation)
             acted.append(action)
             observation, *_ = env.step(action)
-        seen = self.attraction(torch.cat(seen))
-        action = env.env.by_name(torch.cat(acted))
-        vega = seen[:, self.vega]
-        square = vega.square().mean().clamp(min=1e-12)
-        linear = (
-            0.5 * (action["ask"] + action["bid"]).mean(),
-            0.5 * ((action["ask"] - action["bid"]).mean(-1) * vega).mean() / square,
-            (action["target"] * vega).mean() / square,
-            action["band"].mean().clamp(min=0.01),
-        )
-        self.linear_maker.copy_(torch.stack(linear))
+        observed = torch.cat(observed)
+        acted = torch.cat(acted)
+        action = env.env.by_name(acted)
+        self.half_spread.copy_(0.5 * (action["ask"] + action["bid"]).clamp(max=MOST).mean())
+        self.band.copy_(action["band"].mean().clamp(0.01, 1.0))
+        seen = self.attraction(observed)
         self.observation_mean.copy_(seen.mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market where it does. The
         # rivals of training will differ more among each other than these, so their columns have a scale of their own.
         std = torch.where(seen.std(0) < 1e-2, 1.0, seen.std(0))
         std[self.rival_edges] = std[self.rival_edges].clamp(0.15, 0.3)
         self.observation_std.copy_(std)
+        return observed, acted
+
+    def imitate(self, market: QuotingEnv, observed: Tensor, acted: Tensor, generator: torch.Generator) -> None:
+        """Regresses the policy on another maker's actions: least squares, quotes weighted by their option's vega."""
+        optimizer = torch.optim.Adam(self.actor_mean.parameters(), lr=3e-3)
+        vegas = market.vegas_at(market.decode(observed))
+        weight = torch.cat((vegas, vegas), 1) / vegas.mean()  # of asks and bids
+        quotes = weight.shape[1]
+        normalised = self.normalise(observed)
+        for i in range(IMITATION):
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - i / IMITATION)
+            rows = torch.randint(len(observed), (4096,), generator=generator, device=observed.device)
+            wanted = acted[rows]
+            missed = self.to_quote(observed[rows], self.actor_mean(normalised[rows])) - wanted.clamp(-MOST, MOST)
+            loss = (missed[:, :quotes].square() * weight[rows]).mean() + 3.0 * missed[:, quotes:].square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            self.actor_logstd.fill_(math.log(0.2))  # near an optimum, wide exploration leads away from it
 
     def attraction(self, observation: Tensor) -> Tensor:
         """The observation with the takers that each of the rivals' edges d would attract if there were nobody else,
@@ -257,16 +276,12 @@ class Agent(nn.Module):
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
-        half_spread, skew, target, band = self.linear_maker
         common, tilt, width = raw_action.clamp(-5, 5).split(self.parts, -1)
-        vega = observation[:, self.vega]
-        half_spreads = half_spread * (0.6 * common[:, :1] + 0.3 * width).exp()
-        up = (skew * vega + 0.5 * half_spread * common[:, 1])[:, None] + tilt  # of asks and bids, vol points
-        asks = half_spreads + up
-        bids = half_spreads - up
-        target = target * vega + 0.4 * common[:, 2]
-        band = band * common[:, 3].exp()
-        return torch.cat((asks, bids, target[:, None], band[:, None]), -1)
+        half_spreads = self.half_spread * (0.6 * common[:, :1] + 0.5 * width).exp()
+        up = common[:, 1:2] + tilt  # of asks and bids, vol points
+        target = 0.4 * common[:, 2:3]
+        band = self.band * common[:, 3:4].exp()
+        return torch.cat((half_spreads + up, half_spreads - up, target, band), -1)
 
     def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observation, normals (n, actions) → raw action (n, actions), log-probability and value (n,)."""
@@ -532,14 +547,15 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     torch.manual_seed(args.seed)
     market = classics.env.env.like(args.num_envs)
     agent = Agent(market).to(run.device)
-    agent.fit(classics.env.like(1024), classics.policies[LINEAR_START])
+    generator = run.generator(args.seed + EXPLORATION_SEED)  # of imitation, exploration and minibatches
+    observed, acted = agent.fit(classics.env.like(2048), classics.policies[classics.imitated])
+    agent.imitate(market, observed, acted, generator)
     if args.start_edge is not None:
-        agent.linear_maker[0] = args.start_edge
+        agent.half_spread.fill_(args.start_edge)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     known = [classics.policies[name] for name in CLASSICS]
     opponents = Opponents(args, agent, list(guests.values()), known).to(run.device)
     optimizer = make_optimizer(args, agent)
-    generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
     market.generator.manual_seed(rank_seed(args.seed))
     pool_generator = torch.Generator(run.device).manual_seed(args.seed + OPPONENT_SEED)  # the same in every process
     snapshots = {"step 0": to_vector(agent)}

@@ -1,5 +1,6 @@
 """Runs a phase's script as a user would, for the benchmarks that need many runs of it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -29,3 +30,8 @@ def run_phase(script: str, flags: list[str], label: str) -> Path:
     folder = Path(done.stdout.split(":", 1)[0])
     print(f"{label}: {folder}, {'passed' if done.returncode == 0 else 'failed'}", flush=True)
     return folder
+
+
+def read_benchmark(folder: Path) -> dict:
+    """The benchmark.json of a run."""
+    return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))

@@ -10,13 +10,12 @@ Each agent leaves its own run folder under runs/; figure and data go to runs/cos
 agent trades less and keeps more delta at every step up of the cost, and is nowhere worse than the tuned constant band.
 """
 
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from as_user import run_phase  # puts the root of the project on the path, too
+from as_user import read_benchmark, run_phase  # puts the root of the project on the path, too
 
 from envs.benchmark.report import Estimate, Table
 from envs.figures.hedging import cost_trend
@@ -49,7 +48,7 @@ def train(args: Args, cost_rate: float) -> dict:
     flags = ["--exp-name", name, "--seed", str(args.seed), "--cost-rate", str(cost_rate)]
     flags += ["--total-timesteps", str(args.total_timesteps), "--eval-episodes", str(args.eval_episodes)]
     folder = run_phase("phase2_multi_order_sac.py", flags, f"{1e4 * cost_rate:g} bp")
-    return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    return read_benchmark(folder)
 
 
 def trend_table(results: dict[float, dict]) -> Table:

@@ -6,14 +6,13 @@ How many iterations fit into the time is measured first, by a short run under th
 with the learning rate annealed over them. Writes runs/marlvol_ablation/ablation.json and .md (or -2, -3 …).
 """
 
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from as_user import run_phase  # puts the root of the project on the path, too
+from as_user import read_benchmark, run_phase  # puts the root of the project on the path, too
 
 from envs.benchmark.report import markdown_table
 from envs.run.args import check_range, parse_args
@@ -63,7 +62,7 @@ def train(args: Args, variant: str, seed: int) -> dict:
     )
     iterations = max(1, round(args.seconds / seconds_per_iteration(short, 2)))
     folder = run_phase("phase0_marlvol_calibration.py", [*flags, "--num-iterations", str(iterations)], label)
-    result = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    result = read_benchmark(folder)
     seconds = iterations * seconds_per_iteration(folder, iterations)
     return {"variant": variant, "seed": seed, "iterations": iterations, "seconds": seconds, **result["rows"]["agent"]}
 

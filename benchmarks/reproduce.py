@@ -35,6 +35,17 @@ import torch
 import tyro
 from as_user import ROOT, run_phase  # puts the root of the project on the path, too
 
+from envs.benchmark.makers import (
+    AS_SMILE,
+    BEST_RESPONSE,
+    CONSTANT_SPREAD,
+    GLFT,
+    GLFT_SMILE,
+    LINEAR_START,
+    MULTI_ASSET,
+    VEGA_DP,
+)
+from envs.benchmark.makers import AVELLANEDA_STOIKOV as AS
 from envs.run.args import check_range, parse_args
 from envs.run.errors import DivergenceError, UsageError, check
 from envs.run.files import replacing, write_json
@@ -47,9 +58,10 @@ from envs.run.run import run_main
 class Experiment:
     """A command of the documentation.
 
-    `flags` may hold `{seed}` (the first of --seeds), `{seeds}` (all of them), `{OTHER}` (run folder of that experiment
-    with the same seed) and `{OTHER:first}` (with the first seed). A phase is run once for each of the first `num_seeds`
-    seeds, a script of benchmarks/ once in all. `minutes` are those of one run, with two side by side on two cores.
+    `flags` may hold `{seed}` (the first of --seeds), `{seeds}` (the first `num_seeds` of them), `{OTHER}` (run folder
+    of that experiment with the same seed) and `{OTHER:first}` (with the first seed). A phase is run once for each of
+    the first `num_seeds` seeds, a script of benchmarks/ once in all. `minutes` are those of one run, with two side by
+    side on two cores.
     """
 
     name: str
@@ -77,6 +89,8 @@ PHASE3 = "phase3_spread_vs_bs.py"
 PHASE4 = "phase4_selfplay.py"
 STARTS = "benchmarks/selfplay_starts.py"
 THROUGHPUT = "benchmarks/throughput.py"
+NEUTRAL = "--risk-aversion 0 --cost-rate 0"
+SURFACE = "--moneyness -1 -0.5 0 0.5 1 --expiries 60 90 120 180"
 IN_MARLVOL = "--dynamics marlvol --marlvol-checkpoint {phase0:first}"
 EXPERIMENTS = (
     Experiment("phase0", PHASE0, "", 5),
@@ -99,21 +113,26 @@ EXPERIMENTS = (
     Experiment("phase2-heston", PHASE2, "--dynamics heston", 2.5, 1),
     Experiment("phase2-garch", PHASE2, "--dynamics garch", 2.5, 1),
     Experiment("phase2-cost", "benchmarks/cost_trend.py", "--seed {seed}", 20),
-    Experiment("phase3", PHASE3, "", 2.5),
-    Experiment("phase3-neutral", PHASE3, "--dynamics gbm --risk-aversion 0 --cost-rate 0", 2.5),
-    Experiment("phase3-gbm", PHASE3, "--dynamics gbm", 2.5),
-    Experiment("phase3-garch", PHASE3, "--dynamics garch", 3.5, 1),
-    Experiment("phase3-merton", PHASE3, "--dynamics merton", 3.5, 1),
+    Experiment("phase3", PHASE3, "", 4, 10),
+    Experiment("phase3-neutral", PHASE3, NEUTRAL, 4, 5),
+    Experiment("phase3-neutral-gbm", PHASE3, f"--dynamics gbm {NEUTRAL}", 4, 5),
+    Experiment("phase3-gbm", PHASE3, "--dynamics gbm", 4, 5),
+    Experiment("phase3-garch", PHASE3, "--dynamics garch", 5, 1),
+    Experiment("phase3-merton", PHASE3, "--dynamics merton", 5, 1),
     Experiment("phase3-to-garch", PHASE3, "--evaluate {phase3} --dynamics garch", 1, 1),
     Experiment("phase3-to-merton", PHASE3, "--evaluate {phase3} --dynamics merton", 1, 1),
     Experiment("phase3-to-gbm", PHASE3, "--evaluate {phase3} --dynamics gbm", 1, 1),
-    Experiment("phase4", PHASE4, "--num-envs 64", 4),
-    Experiment("phase4-wide", PHASE4, "--num-envs 128", 4, 2),
-    Experiment("phase4-neutral", STARTS, "--neutral --seeds {seeds}", 12),
-    Experiment("phase4-three", STARTS, '--neutral --seeds {seeds} --flags="--num-makers 3 --tuning-episodes 512"', 20),
-    Experiment("phase4-gamma", STARTS, '--neutral --seeds {seed} --flags="--gamma 1"', 4),
-    Experiment("phase4-alone", STARTS, '--neutral --seeds {seed} --flags="--gamma 1 --classical-share 0"', 4),
-    Experiment("phase4-starts", STARTS, "--seeds {seeds}", 12),
+    Experiment("phase3-informed", "benchmarks/informed_sweep.py", "--seed {seed}", 15),
+    Experiment("phase3-start", "benchmarks/ablation_start.py", "--seeds {seeds}", 40),
+    Experiment("phase3-surface", PHASE3, SURFACE, 15),
+    Experiment("phase4", PHASE4, "--num-envs 64", 5, 10),
+    Experiment("phase4-wide", PHASE4, "--num-envs 128", 5, 2),
+    Experiment("phase4-neutral", STARTS, "--neutral --seeds {seeds}", 15),
+    Experiment("phase4-three", STARTS, '--neutral --seeds {seeds} --flags="--num-makers 3 --tuning-episodes 512"', 25),
+    Experiment("phase4-gamma", STARTS, '--neutral --seeds {seed} --flags="--gamma 1"', 5),
+    Experiment("phase4-alone", STARTS, '--neutral --seeds {seed} --flags="--gamma 1 --classical-share 0"', 5),
+    Experiment("phase4-starts", STARTS, "--seeds {seeds}", 15),
+    Experiment("phase4-surface", PHASE4, f"--num-envs 64 {SURFACE}", 15),
     Experiment("speed1", THROUGHPUT, "--phases phase1 --num-envs 64 1024 16384 --peers --iterations 20", 3),
     Experiment("speed2", THROUGHPUT, "--phases phase2 --num-envs 64 1024 --peers --iterations 10", 3),
     Experiment("speed3", THROUGHPUT, "--phases phase3 --num-envs 64 1024 --peers --iterations 10", 3),
@@ -133,12 +152,7 @@ MV_BAND = "min-variance band, tuned"
 MV_WW = "min-variance Whalley–Wilmott, tuned"
 MV_KMK = "min-variance Kallsen–Muhle-Karbe, tuned"
 DUPIRE = "Dupire local volatility"
-AS = "Avellaneda–Stoikov, tuned"
-GLFT = "GLFT, tuned"
-GLFT_BAND = "GLFT, min-variance band, tuned"
 GAP = f"shares[gap from {BS} to exact optimum closed]"
-GAIN = f"shares[objective above {AS}]"
-EARNED = f"shares[mean P&L above {AS}]"
 EXPLOITED = "shares[best response, trained, gains (a lower bound)]"
 OFF_BEST = "numbers[edge within 3 % of the best response]"
 
@@ -201,24 +215,47 @@ HISTORICAL = (
     ("over the fitted model's own optimum", over("optimum of the fitted model", ".3f")),
 )
 HEDGE_BOOK = (*HEDGE_GBM[1:], ("agent − Kallsen–Muhle-Karbe", over(KMK)))
+CLASSICS = {  # the makers of phases 3 and 4: name → label
+    AS: "Avellaneda–Stoikov",
+    CONSTANT_SPREAD: "constant spread",
+    GLFT: "GLFT",
+    LINEAR_START: "GLFT, minimum-variance delta, band",
+    AS_SMILE: "Avellaneda–Stoikov with the smile",
+    GLFT_SMILE: "GLFT with the smile",
+    MULTI_ASSET: "multi-asset closed form",
+    VEGA_DP: "dynamic programming in vega",
+}
+
+
+def beside(measure: str) -> str:
+    """Template of a measure of the agent, of the strongest classical maker and of Avellaneda–Stoikov."""
+    return "; ".join(f"{{{who}[{measure}]:.2f}}" for who in ("rows[agent]", "strongest", f"rows[{AS}]"))
+
+
 MAKER = (
-    ("objective above Avellaneda–Stoikov", f"{{{GAIN}:+.1%}}"),
-    ("mean P&L above Avellaneda–Stoikov", f"{{{EARNED}:+.1%}}"),
-    ("standard deviation of the P&L; Avellaneda–Stoikov's", f"{{rows[agent][pnl_sd]:.2f}}; {{rows[{AS}][pnl_sd]:.2f}}"),
-    ("agent − Avellaneda–Stoikov", over(AS, ".3f")),
-    ("agent − GLFT", over(GLFT, ".3f")),
-    ("agent − GLFT with minimum-variance delta and band", over(GLFT_BAND, ".3f")),
-)
-MAKER_3 = (*MAKER, ("agent − constant spread", over("constant spread, tuned", ".3f")))
-MAKER_NEUTRAL = (
-    ("without risk: learnt edges off the best response, on average", f"{{{OFF_BEST}:.2f}} %"),
-    ("without risk: agent − best response", over("best response (exact)", ".3f")),
+    ("objective: agent; strongest classic; Avellaneda–Stoikov", beside("objective")),
+    ("mean P&L of these", beside("pnl_mean")),
+    ("standard deviation of their P&L", beside("pnl_sd")),
+    ("the strongest classic", "{strongest[label]}"),
+    *((f"agent − {label}", over(name, ".3f")) for name, label in CLASSICS.items()),
 )
 MAKER_GBM = (
-    ("gbm: agent − inventory dynamic programming", over("dynamic programming, tuned", ".3f")),
-    ("gbm: agent − GLFT with band", over(GLFT_BAND, ".3f")),
+    ("gbm: agent − strongest classic", "{strongest[advantage]:.3f}"),
+    ("gbm: the strongest classic", "{strongest[label]}"),
+    ("gbm: agent − dynamic programming in vega", over(VEGA_DP, ".3f")),
     ("gbm: agent − Avellaneda–Stoikov", over(AS, ".3f")),
 )
+
+
+def neutral(market: str) -> Sequence[tuple[str, str]]:
+    """Rows of a market without risk aversion and costs, where the best response is exact."""
+    return (
+        (f"{market}, without risk: learnt edges off the best response, on average", f"{{{OFF_BEST}:.2f}} %"),
+        (f"{market}, without risk: agent − best response", over(BEST_RESPONSE, ".3f")),
+        (f"{market}, without risk: objective below it", "{below_best:.2%} %"),
+    )
+
+
 SELFPLAY = (
     *MAKER,
     ("best response, trained as long again, gains", f"{{{EXPLOITED}:+.2%}}"),
@@ -229,7 +266,8 @@ SELFPLAY = (
      "{rows[agent][net_delta]:.2f} shares, {rows[agent][delta_share]:.1%} %"),
 )
 SELFPLAY_WIDE = (
-    ("objective above Avellaneda–Stoikov", f"{{{GAIN}.mean:+.1%}} %"),
+    ("agent − Avellaneda–Stoikov", over(AS, ".3f")),
+    ("agent − strongest classic", "{strongest[advantage]:.3f}"),
     ("comparisons of 36 in which a snapshot earns more", "{cross_play[snapshots_ahead]}"),
     ("verdict", "{verdict}"),
 )
@@ -245,12 +283,12 @@ HEDGE_MARKETS = (("heston", "phase1-heston", ["{verdict}"]), ("merton", "phase1-
 MARLVOL_HEADER = ("phase, seed 1", "above the named baseline", "above the strongest classic", "verdict")
 MARLVOL = (
     ("2", "phase0-in-2", (over(BS, ".3f"), over(MV_KMK, ".3f"), "{verdict}")),
-    ("3", "phase0-in-3", (f"{{{GAIN}:+.1%}}", over(GLFT_BAND, ".3f"), "{verdict}")),
-    ("4", "phase0-in-4", (f"{{{GAIN}:+.1%}}", over(GLFT_BAND, ".3f"), "{verdict}")),
+    ("3", "phase0-in-3", (over(AS, ".3f"), "{strongest[advantage]:.3f}", "{verdict}")),
+    ("4", "phase0-in-4", (over(AS, ".3f"), "{strongest[advantage]:.3f}", "{verdict}")),
 )
-MAKERS_HEADER = ("seed 1", "agent − Avellaneda–Stoikov", "agent − GLFT",
-                 "agent − GLFT with minimum-variance delta and band")
-MAKERS = (over(AS, ".3f"), over(GLFT, ".3f"), over(GLFT_BAND, ".3f"))
+MAKERS_HEADER = ("seed 1", "agent − Avellaneda–Stoikov", "agent − GLFT, minimum-variance delta, band",
+                 "agent − strongest classic", "the strongest classic")
+MAKERS = (over(AS, ".3f"), over(LINEAR_START, ".3f"), "{strongest[advantage]:.3f}", "{strongest[label]}")
 MAKER_MARKETS = (
     ("trained and evaluated in garch", "phase3-garch", MAKERS),
     ("trained and evaluated in merton", "phase3-merton", MAKERS),
@@ -258,8 +296,7 @@ MAKER_MARKETS = (
     ("trained in heston, evaluated in merton", "phase3-to-merton", MAKERS),
     ("trained in heston, evaluated in gbm", "phase3-to-gbm", MAKERS),
 )
-LEVELS = (("agent", "agent"), ("Avellaneda–Stoikov", AS), ("GLFT", GLFT),
-          ("GLFT, minimum-variance delta, band", GLFT_BAND), ("constant spread", "constant spread, tuned"))
+LEVELS = {"agent": "agent", **CLASSICS}
 LEVELS_COLUMNS = (("objective", "{objective:.2f}"), ("P&L mean", "{pnl_mean:.2f}"), ("sd", "{pnl_sd:.2f}"),
                   ("CVaR95", "{cvar95:.2f}"), ("edge earned", "{income:.2f}"), ("hedging cost", "{cost:.2f}"),
                   ("market share", "{market_share:.3f}"), ("half-spread", "{half_spread:.2f}"),
@@ -268,6 +305,7 @@ LEVELS_COLUMNS = (("objective", "{objective:.2f}"), ("P&L mean", "{pnl_mean:.2f}
 # The README: its table has a row for each phase, found again by its first cell; a cell is made of pairs (experiment,
 # template) and prints the range over the seeds.
 
+GAIN = f"{{advantages[{AS}].mean:+.2f}} ({{rows[agent][objective]:.1f}} against {{rows[{AS}][objective]:.1f}})"
 SUMMARY_HEADER = ("phase", "question", "gain over Black–Scholes", "over the strongest classic", "of what is possible")
 SUMMARY = (
     ("[0](docs/phase0.md)", "calibrate the market to option smiles",
@@ -288,21 +326,23 @@ SUMMARY = (
      [("phase2", f"{{advantages[{KMK}].mean:+.3f}}")],
      [("phase2-one-strike", f"one strike: {{{GAP}.mean:.1%}} %")]),
     ("[3](docs/phase3.md)", "quote and hedge against a classical maker",
-     [("phase3", f"{{advantages[{AS}].mean:+.2f}} ({{{GAIN}.mean:.0%}} %)")],
-     [("phase3", f"{{advantages[{GLFT_BAND}].mean:+.2f}}")],
+     [("phase3", GAIN)],
+     [("phase3", "{strongest[advantage].mean:+.2f}")],
      [("phase3-neutral", f"without risk: edges {{{OFF_BEST}:.1f}} % off the best response")]),
     ("[4](docs/phase4.md)", "quote and hedge, learnt by self-play",
-     [("phase4", f"{{advantages[{AS}].mean:+.2f}} ({{{GAIN}.mean:.0%}} %)")],
-     [("phase4", f"{{advantages[{GLFT_BAND}].mean:+.2f}}")],
+     [("phase4", GAIN)],
+     [("phase4", "{strongest[advantage].mean:+.2f}")],
      [("phase4", f"best response gains {{{EXPLOITED}.mean:.1%}} %; "),
       ("phase4-neutral", "without risk: edges {off_nash:.1%} % off Nash")]),
 )
 ANSWER = (
-    f"**Yes: its risk-adjusted objective is {{{GAIN}.mean:.0%}} % above that of Black–Scholes with Avellaneda–Stoikov "
-    f"quotes, tuned, in the same seat, with {{{EARNED}.mean:.0%}} % more P&L at a lower standard deviation "
-    f"({{rows[agent][pnl_sd]:.2f}} against {{rows[{AS}][pnl_sd]:.2f}}).** A classical maker can have most of that gain "
-    "too, with GLFT quotes, a minimum-variance delta and a no-trade band, all tuned: the agent's objective of "
-    f"{{rows[agent][objective]:.1f}} is only {{advantages[{GLFT_BAND}].mean:.2f}} above that maker's."
+    "**Yes: with quotes for every option, a fifth of the takers informed, its risk-adjusted objective is "
+    f"{{rows[agent][objective]:.1f}} an episode, where Black–Scholes with Avellaneda–Stoikov quotes, tuned, has "
+    f"{{rows[{AS}][objective]:.1f}} in the same seat. Its mean P&L is {{rows[agent][pnl_mean]:.1f}} against "
+    f"{{rows[{AS}][pnl_mean]:.1f}}, with a standard deviation of {{rows[agent][pnl_sd]:.1f}} against "
+    f"{{rows[{AS}][pnl_sd]:.1f}}.** The strongest of the classical makers that know the model, and so the fair values "
+    "({strongest[label]}), comes to {strongest[objective]:.1f}; the agent, which is told neither, is "
+    "{strongest[advantage].mean:+.2f} from it."
 )
 # fmt: on
 
@@ -347,12 +387,13 @@ def read_json(path: Path):
 def read_run(folder: Path) -> dict:
     """The values that templates are filled with: benchmark.json, and figures derived from it and from cross_play.json.
 
-    `numbers` are the first number in each criterion's detail; `made` is reproduced.json. A script of benchmarks/ has
-    `made` and `folder` only, selfplay_starts also `off_nash`, the distance of each final edge from Nash, as a share.
+    `numbers` are the first number in each criterion's detail; `made` is reproduced.json; `strongest` is the classical
+    maker of the highest objective. A script of benchmarks/ has `made` and `folder` only, selfplay_starts --neutral also
+    `off_nash`, the mean distance of each run's edges from Nash, as a share.
     """
     run = {"folder": folder, "made": read_json(folder / "reproduced.json")}
     if (folder / "selfplay_starts.json").is_file():
-        run["off_nash"] = [abs(row["edge"] / row["nash"] - 1) for row in read_json(folder / "selfplay_starts.json")]
+        run["off_nash"] = [row["off_nash"] for row in read_json(folder / "selfplay_starts.json") if "off_nash" in row]
     if run["made"]["seed"] is None:
         return run
     run |= read_json(folder / "benchmark.json")
@@ -362,7 +403,14 @@ def read_run(folder: Path) -> dict:
     found = {name: re.search(r"[-+]?\d+(\.\d+)?", detail) for name, detail in details.items()}
     run["numbers"] = {name: float(match[0]) for name, match in found.items() if match}
     run["verdict"] = "passed" if run["passed"] else "failed"
-    agent = run["rows"]["agent"]
+    rows = run["rows"]
+    agent = rows["agent"]
+    classics = [name for name in CLASSICS if name in rows]
+    if classics:
+        name = max(classics, key=lambda name: rows[name]["objective"])
+        run["strongest"] = {"label": CLASSICS[name], "advantage": run["advantages"][name], **rows[name]}
+    if BEST_RESPONSE in rows:
+        run["below_best"] = 1 - agent["objective"] / rows[BEST_RESPONSE]["objective"]
     if "floor" in agent:
         run["above_floor"] = agent["price"] - agent["floor"]
     if (folder / "cross_play.json").is_file():
@@ -394,7 +442,14 @@ def least_margin(detail: str) -> str:
 
 
 def spread(values: Sequence, spec: str) -> str:
-    """One text for the values of several runs: numbers from the least to the largest, others one after the other."""
+    """One text for the values of several runs: numbers from the least to the largest, others one after the other.
+
+    Of intervals, the least and the largest mean, and the range that holds them all.
+    """
+    if len(values) > 1 and all(isinstance(value, Interval) for value in values):
+        means = spread([x.mean for x in values], spec if spec.endswith("%") else f"+{spec.lstrip('+')}")
+        ends = format(Interval(0.0, min(x.low for x in values), max(x.high for x in values)), spec)
+        return means + ends[ends.index(" ") :]
     if all(isinstance(value, float | int) for value in values):
         least = number(min(values), spec)
         most = number(max(values), spec)
@@ -434,13 +489,17 @@ Write = Callable[[Runs, str], str]  # runs and the old text between the markers 
 
 
 def by_seed(*parts: tuple[str, Sequence[tuple[str, str]]]) -> Write:
-    """A table of one column for each seed; the rows of one experiment, then those of the next."""
+    """A table of one column for each seed; the rows of one experiment, then those of the next.
+
+    Of more than five seeds there is one column, from the least to the largest.
+    """
 
     def write(runs: Runs, old: str) -> str:
         body = []
         for name, rows in parts:
-            header = ["", *(f"S = {run['made']['seed']}" for run in runs(name))]
-            body += [[label, *(fill(template, [run]) for run in runs(name))] for label, template in rows]
+            groups = [[run] for run in runs(name)] if len(runs(name)) <= 5 else [runs(name)]
+            header = ["", *(f"S = {spread([run['made']['seed'] for run in group], 'd')}" for group in groups)]
+            body += [[label, *(fill(template, group) for group in groups)] for label, template in rows]
         return markdown(header, body)
 
     return write
@@ -461,7 +520,7 @@ def by_contestant(name: str) -> Write:
     def write(runs: Runs, old: str) -> str:
         run = runs(name)[0]
         body = []
-        for label, contestant in LEVELS:
+        for contestant, label in LEVELS.items():
             row = {**run["rows"][contestant], "folder": run["folder"]}
             body.append([label, *(fill(cell, [row]) for _, cell in LEVELS_COLUMNS)])
         return markdown([f"seed {run['made']['seed']}", *(title for title, _ in LEVELS_COLUMNS)], body)
@@ -549,15 +608,21 @@ TABLES = (
           by_seed(("phase2-one-strike", (HEDGE_GBM[0], *HEDGE_BOOK))), {"no_trade_bands": "phase2_no_trade_bands"}),
     Table("phase2-markets", DOC2, ("phase2-heston", "phase2-garch"), by_experiment(BOOK_HEADER, BOOK_MARKETS)),
     Table("phase2-cost", DOC2, ("phase2-cost",), pasted("phase2-cost"), {"cost_trend": "phase2_cost_trend"}),
-    Table("phase3-makers", DOC3, ("phase3",), by_seed(("phase3", MAKER_3)),
+    Table("phase3-makers", DOC3, ("phase3",), by_seed(("phase3", MAKER)),
           {name: f"phase3_{name}" for name in ("learnt_quotes", "episode", "rival_sweep")}),
     Table("phase3-levels", DOC3, ("phase3",), by_contestant("phase3")),
-    Table("phase3-known", DOC3, ("phase3-neutral", "phase3-gbm"),
-          by_seed(("phase3-neutral", MAKER_NEUTRAL), ("phase3-gbm", MAKER_GBM))),
+    Table("phase3-known", DOC3, ("phase3-neutral", "phase3-neutral-gbm", "phase3-gbm"),
+          by_seed(("phase3-neutral", neutral("heston")), ("phase3-neutral-gbm", neutral("gbm")),
+                  ("phase3-gbm", MAKER_GBM))),
     Table("phase3-markets", DOC3, tuple(name for _, name, _ in MAKER_MARKETS),
           by_experiment(MAKERS_HEADER, MAKER_MARKETS)),
+    Table("phase3-informed", DOC3, ("phase3-informed",), pasted("phase3-informed"),
+          {"informed_sweep": "phase3_informed_sweep"}),
+    Table("phase3-start", DOC3, ("phase3-start",), pasted("phase3-start"), {"ablation_start": "phase3_start"}),
+    Table("phase3-surface", DOC3, ("phase3-surface",), by_seed(("phase3-surface", MAKER)),
+          {"learnt_quotes": "phase3_surface_quotes"}),
     Table("phase4-selfplay", DOC4, ("phase4",), by_seed(("phase4", SELFPLAY)),
-          {name: f"phase4_{name}" for name in ("cross_play", "market_shares", "selfplay_episode")}),
+          {name: f"phase4_{name}" for name in ("cross_play", "market_shares", "selfplay_episode", "competition")}),
     Table("phase4-neutral", DOC4, ("phase4-neutral",), pasted("phase4-neutral"),
           {"selfplay_starts": "phase4_edges_neutral"}),
     Table("phase4-three", DOC4, ("phase4-three",), pasted("phase4-three")),
@@ -565,6 +630,7 @@ TABLES = (
     Table("phase4-alone", DOC4, ("phase4-alone",), pasted("phase4-alone")),
     Table("phase4-starts", DOC4, ("phase4-starts",), pasted("phase4-starts"), {"selfplay_starts": "phase4_edges"}),
     Table("phase4-wide", DOC4, ("phase4-wide",), by_seed(("phase4-wide", SELFPLAY_WIDE))),
+    Table("phase4-surface", DOC4, ("phase4-surface",), by_seed(("phase4-surface", SELFPLAY))),
     *(Table(name, SPEED, (name,), pasted(name)) for name in ("speed1", "speed2", "speed3", "speed4")),
     Table("answer", "README.md", ("phase4",), answer, plain=True),
     Table("results", "README.md", (), summary, plain=True),
@@ -599,7 +665,7 @@ def digest(experiment: Experiment, seeds: Sequence[int]) -> str:
         files |= set(Path().glob("phase*.py"))
     content = hashlib.sha256(f"{experiment.script} {experiment.flags}".encode())
     if re.search(r"\{seeds?\}|:first\}", experiment.flags):
-        content.update(repr(tuple(seeds)).encode())
+        content.update(repr(tuple(seeds[: experiment.num_seeds])).encode())
     for file in sorted(files):
         content.update(file.as_posix().encode() + file.read_bytes())
     for name in experiment.needs:
@@ -638,7 +704,7 @@ class Folders:
         Raises:
             UsageError: a run whose folder is needed is not finished.
         """
-        text = with_seeds(task.experiment.flags, self.seeds)
+        text = with_seeds(task.experiment, self.seeds)
         for name in task.experiment.needs:
             for place, seed in ((f"{{{name}}}", task.seed), (f"{{{name}:first}}", self.seeds[0])):
                 if place in text:
@@ -680,9 +746,10 @@ def run_benchmark(task: Task, flags: Sequence[str]) -> Path:
     return new.pop()
 
 
-def with_seeds(flags: str, seeds: Sequence[int]) -> str:
+def with_seeds(experiment: Experiment, seeds: Sequence[int]) -> str:
     """Flags with the seeds in their places."""
-    return flags.replace("{seeds}", " ".join(map(str, seeds))).replace("{seed}", str(seeds[0]))
+    own = " ".join(map(str, seeds[: experiment.num_seeds]))
+    return experiment.flags.replace("{seeds}", own).replace("{seed}", str(seeds[0]))
 
 
 def provenance(task: Task, own_digest: str, minutes: float | None) -> dict:
@@ -762,7 +829,7 @@ def run_together(folders: Folders, tasks: Sequence[Task], jobs: int) -> bool:
 
 def command(experiment: Experiment, seeds: Sequence[int]) -> str:
     """A command as the documentation shows it."""
-    flags = re.sub(r"\{[^}]+\}", "runs/NAME", with_seeds(experiment.flags, seeds))
+    flags = re.sub(r"\{[^}]+\}", "runs/NAME", with_seeds(experiment, seeds))
     text = f".venv/bin/python {experiment.script} {flags}".strip()
     if experiment.is_benchmark or "--evaluate" in flags:
         return text

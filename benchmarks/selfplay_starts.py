@@ -5,12 +5,12 @@ Runs phase 4 from several half-spreads and seeds, without the best response, and
     python benchmarks/selfplay_starts.py                   the default market from 0.9 and 1.6 vol points, three seeds
     python benchmarks/selfplay_starts.py --neutral         nothing risked, hedging free; makers who do not look ahead
     python benchmarks/selfplay_starts.py --neutral --flags="--gamma 1"    makers who do
+    python benchmarks/selfplay_starts.py --neutral --flags="--dynamics gbm"   in another model than heston
 
 Each run leaves its own folder under runs/; figure and data go to runs/selfplay_starts/ (or -2, -3 …). Exit code 0:
 every run passed its benchmark, and the final edges of a seed agree within 4 %.
 """
 
-import json
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from as_user import run_phase  # puts the root of the project on the path, too
+import numpy as np
+from as_user import read_benchmark, run_phase  # puts the root of the project on the path, too
 
 from envs.benchmark.report import Table
 from envs.figures.selfplay import edge_over_training
@@ -27,7 +28,7 @@ from envs.run.errors import check
 from envs.run.files import new_folder, read_metrics, write_json
 from envs.run.run import run_main
 
-NEUTRAL = ("--dynamics", "gbm", "--risk-aversion", "0", "--cost-rate", "0", "--gamma", "0")
+NEUTRAL = ("--risk-aversion", "0", "--cost-rate", "0", "--gamma", "0")
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Args:
     starts: tuple[float, ...] | None = None
     """half-spreads that training starts from, vol points; 0.9 and 1.6, with --neutral 0.5 and 1.2"""
     neutral: bool = False
-    """where Nash and monopoly are known: gbm, no risk aversion, no cost of hedging, discount factor 0"""
+    """where Nash and monopoly are known: no risk aversion, no cost of hedging; discount factor 0"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of the runs"""
     flags: str = ""
@@ -51,20 +52,32 @@ def train(args: Args, start: float, seed: int) -> tuple[dict, list[dict]]:
     flags = ["--exp-name", f"start_{start:g}", "--seed", str(seed), "--start-edge", str(start), "--no-exploitability"]
     flags += [*(NEUTRAL if args.neutral else ()), *shlex.split(args.flags)]
     folder = run_phase("phase4_selfplay.py", flags, f"start {start:g}, seed {seed}")
-    result = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
-    return result, read_metrics(folder / "metrics.csv")
+    return read_benchmark(folder), read_metrics(folder / "metrics.csv")
+
+
+def final(result: dict, neutral: bool) -> dict:
+    """Where a run ended: its mean edges and objective; with `neutral` how far every edge is off Nash, as a share."""
+    row = {"passed": result["passed"], "objective": result["rows"]["agent"]["objective"]}
+    row |= result["settings"]["competition"]
+    if neutral:
+        _, body = result["tables"]["edges over the reference price, makers that are all the agent"]
+        edges = {name: np.array(values) for name, *values in body}
+        off = np.abs(edges["agent"] - edges["Nash"]) / np.maximum(np.abs(edges["Nash"]), 1.0)
+        row |= {"off_nash": off.mean(), "most_off_nash": off.max()}
+    return row
 
 
 def starts_table(rows: list[dict], neutral: bool) -> Table:
     """Where each run ended; with `neutral` beside what is known there."""
-    header = ["start", "seed", "final edge", "off Nash", "passed"]
-    header += ["collusion index", "exploitable in closed form"] if neutral else []
+    header = ["start", "seed", "final edge, mean", "objective", "passed"]
+    header += ["off Nash, mean", "at most", "collusion index", "exploitable in closed form"] if neutral else []
     body = []
     for row in rows:
-        off = 100 * (row["edge"] / row["nash"] - 1)
-        cells = [f"{row['start']:g}", str(row["seed"]), f"{row['edge']:.4f}", f"{off:+.2f} %"]
+        cells = [f"{row['start']:g}", str(row["seed"]), f"{row['edges']:.4f}", f"{row['objective']:.3f}"]
         cells.append("yes" if row["passed"] else "no")
-        cells += [f"{row['collusion']:+.3f}", f"{100 * row['exploitability']:.3f} %"] if neutral else []
+        if neutral:
+            cells += [f"{100 * row[name]:.2f} %" for name in ("off_nash", "most_off_nash")]
+            cells += [f"{row['collusion']:+.3f}", f"{100 * row['exploitability']:.3f} %"]
         body.append(cells)
     return Table(header, body)
 
@@ -81,8 +94,7 @@ def main(argv) -> bool:
         done = dict(zip(pairs, pool.map(lambda pair: train(args, *pair), pairs), strict=True))
     folder = new_folder(Path("runs/selfplay_starts"))
     rows = [
-        {"start": start, "seed": seed, "passed": result["passed"], **result["settings"]["competition"]}
-        for (start, seed), (result, _) in done.items()
+        {"start": start, "seed": seed, **final(result, args.neutral)} for (start, seed), (result, _) in done.items()
     ]
     write_json(folder / "selfplay_starts.json", rows)
     curves = {f"from {start:g}, seed {seed}": curve for (start, seed), (_, curve) in done.items()}
@@ -91,12 +103,11 @@ def main(argv) -> bool:
     edge_over_training(folder / "selfplay_starts.png", curves, known["nash"], known["monopoly"], title)
     table = str(starts_table(rows, args.neutral))
     (folder / "selfplay_starts.md").write_text(table + "\n", encoding="utf-8")
-    print(
-        f"\nNash {known['nash']:.4f}, monopoly {known['monopoly']:.4f} vol points, where nothing is risked\n\n{table}\n"
-    )
+    levels = f"Nash {known['nash']:.4f}, monopoly {known['monopoly']:.4f} vol points"
+    print(f"\n{levels} on average over options and sides, where nothing is risked\n\n{table}\n")
     apart = {}
     for seed in args.seeds:
-        edges = [row["edge"] for row in rows if row["seed"] == seed]
+        edges = [row["edges"] for row in rows if row["seed"] == seed]
         apart[seed] = max(edges) / min(edges) - 1
         print(f"seed {seed}: final edges {100 * apart[seed]:.2f} % apart")
     print(f"figure: {folder}")

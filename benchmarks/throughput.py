@@ -147,6 +147,8 @@ def batched(env: HedgingEnv | AgainstRivals):
 
         def step_async(self, actions):
             self.actions = torch.as_tensor(actions)
+            if isinstance(env, AgainstRivals):
+                self.actions[:, :-2].abs_()  # asks and bids: an untrained policy's would cross
 
         def step_wait(self):
             observation, reward, terminated, _, _ = env.step(self.actions)
@@ -175,10 +177,13 @@ def batched(env: HedgingEnv | AgainstRivals):
     return Batched()
 
 
-def stable_baselines3_ppo(env: HedgingEnv | AgainstRivals, iterations: int) -> float:
-    """Steps a second with the same networks, rollout, minibatches and epochs as phases 1 and 3."""
+def stable_baselines3_ppo(module, env: HedgingEnv | AgainstRivals, steps: int = 200_000) -> float:
+    """Steps a second with the networks, rollout, minibatches and epochs of phase 1 or 3, whose script `module` is."""
     batch = env.num_envs * env.num_steps
-    settings = {"n_steps": env.num_steps, "batch_size": batch // 8, "n_epochs": 4, "learning_rate": 1e-3}
+    iterations = int(np.clip(steps // batch, 2, 40))
+    size = batch // module.Args.num_minibatches
+    epochs = module.Args.update_epochs
+    settings = {"n_steps": env.num_steps, "batch_size": size, "n_epochs": epochs, "learning_rate": 1e-3}
     model = PPO("MlpPolicy", batched(env), **settings, device="cpu")
     model.learn(2 * batch)
     start = time.perf_counter()
@@ -213,8 +218,7 @@ def main() -> None:
             for mode in args.modes:
                 measured(num_envs, f"phase 1, PPO, {mode}", phase1_speed(args, num_envs, mode))
             if args.peers:
-                iterations = int(np.clip(200_000 // (num_envs * 30), 2, 40))
-                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(HedgingEnv(num_envs), iterations))
+                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(phase1, HedgingEnv(num_envs)))
         if "phase2" in args.phases:
             phase_args = phase2.Args()
             env = phase2.make_env(phase_args, make_model(phase_args), num_envs, DEVICE)
@@ -234,8 +238,7 @@ def main() -> None:
             for mode in args.modes:
                 measured(num_envs, f"phase {number}, PPO, {mode}", quoting_speed(module, args, num_envs, mode))
             if args.peers and name == "phase3":
-                iterations = int(np.clip(200_000 // (num_envs * 60), 2, 40))
-                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(env, iterations))
+                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(phase3, env))
     table = str(Table(["environments", "what", "steps/s", "updates/s"], rows))
     machine = f"{where}, torch {torch.__version__}, {args.torch_threads} thread(s)"
     folder = new_folder(Path("runs/throughput"))

@@ -5,7 +5,8 @@
     gymnasium.make("OptionQuoting-v0")                    a row of `QuotingEnv`, from one maker's seat
     gymnasium.make_vec("OptionQuoting-v0", num_envs=64)   64 of them
 
-Keyword arguments are those of the batched environment. To train on a GPU use the batched environments themselves: they
+Keyword arguments are those of the batched environment. Quotes that cross are moved to the middle between them, so that
+every action of the space is legal. To train on a GPU use the batched environments themselves: they
 take and return torch tensors, and nothing leaves the device.
 """
 
@@ -20,7 +21,7 @@ from envs.market.quoting import AgainstRivals, QuotingEnv
 
 
 def against_avellaneda_stoikov(
-    num_envs: int = 1, rival_risk_aversion: float = 0.23, rival_k: float = 0.8, **settings
+    num_envs: int = 1, rival_risk_aversion: float = 0.24, rival_k: float = 0.66, **settings
 ) -> AgainstRivals:
     """One maker's seat of a `QuotingEnv`, all others taken by Avellaneda–Stoikov makers.
 
@@ -43,6 +44,8 @@ def reset_numpy(env: HedgingEnv | AgainstRivals, seed: int | None, options: dict
 def step_numpy(env: HedgingEnv | AgainstRivals, actions: np.ndarray) -> tuple:
     """`env.step` with arrays: observation, reward, terminated, truncated, info."""
     actions = torch.as_tensor(actions, dtype=env.dtype, device=env.device)
+    if isinstance(env, AgainstRivals):
+        actions = env.env.uncrossed(actions)  # any action of the space may come, from agents that know nothing yet
     observation, reward, *ends, info = env.step(actions)
     terminated, truncated = (x.cpu().numpy() for x in ends)
     info = {name: value.cpu().numpy() for name, value in info.items()}

@@ -6,13 +6,14 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else the last bits of a prod
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from common import PHASES, ROOT, Phase, remembered
+from common import PHASES, ROOT, Phase, untuned
 from PIL import Image
 
-from envs.benchmark import makers
+from envs.benchmark import league, makers, quoting
 from envs.figures import style
 
 torch.set_num_threads(1)
@@ -31,16 +32,18 @@ def main(phase, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tuned_once(monkeypatch):
-    """Makers tuned for a market are remembered, and validation in phases 3 and 4 plays a few hundred episodes."""
-    monkeypatch.setattr(makers, "classical_makers", remembered)
+def light(monkeypatch):
+    """In phases 3 and 4 nobody tunes the classical makers, and beside the benchmark few episodes are played."""
+    monkeypatch.setattr(makers, "classical_makers", untuned)
+    monkeypatch.setattr(quoting, "rival_sweep", partial(quoting.rival_sweep, episodes=128))
+    monkeypatch.setattr(league, "competition", partial(league.competition, episodes=256))
     for name in ("phase3", "phase4"):
-        monkeypatch.setattr(PHASES[name].module, "classical_makers", remembered)
+        monkeypatch.setattr(PHASES[name].module, "classical_makers", untuned)
         monkeypatch.setattr(PHASES[name].module, "EPISODES", 256)
 
 
 @pytest.fixture
-def quick(monkeypatch, tuned_once):
+def quick(monkeypatch, light):
     """Makes short runs shorter: beside that, figures are made but not rendered (`test_smoke` renders them)."""
     monkeypatch.setattr(style, "save", lambda figure, path: Image.new("L", (1, 1)).save(path))
     monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda self: None)

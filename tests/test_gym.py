@@ -12,7 +12,7 @@ from envs.baselines import makers
 
 IDS = {
     "OptionHedging-v0": ({"num_steps": 5}, np.array([0.01, 0.02], np.float32)),
-    "OptionQuoting-v0": ({"num_steps": 5, "expiry": 10}, np.array([0.9, 0.1, 0.0, 0.2], np.float32)),
+    "OptionQuoting-v0": ({"num_steps": 5}, np.array([1.0] * 5 + [0.8] * 5 + [0.0, 0.2], np.float32)),
 }  # id → settings of short episodes, an action
 
 
@@ -50,16 +50,20 @@ def test_gymnasium_checks_the_environment_and_stable_baselines_trains_in_it():
     from stable_baselines3 import PPO
 
     check_env(gym.make("OptionQuoting-v0").unwrapped, skip_render_check=True)
-    env = gym.make("OptionQuoting-v0", num_steps=8, expiry=16)
+    options = [(95.0, 8, False), (100.0, 8, True), (102.0, 12, True)]
+    surface = gym.make("OptionQuoting-v0", num_steps=8, options=options, informed_share=0.5)
+    check_env(surface.unwrapped, skip_render_check=True)
+    assert surface.action_space.shape == (8,)
+    env = gym.make("OptionQuoting-v0", num_steps=8)
     PPO("MlpPolicy", env, n_steps=16, batch_size=8, n_epochs=1, device="cpu").learn(32)
 
 
 def test_the_single_environment_is_the_batch_of_one():
-    single, batch = QuotingGymEnv(num_steps=6, expiry=12), QuotingEnv(1, num_steps=6, expiry=12)
+    single, batch = QuotingGymEnv(num_steps=6), QuotingEnv(1, num_steps=6)
     env = AgainstRivals(batch, [makers.avellaneda_stoikov(batch, 0.23, 0.8)])
     one, _ = single.reset(seed=4)
     two, _ = env.reset(seed=4)
-    action = np.array([0.9, 0.1, 0.0, 0.2], np.float32)
+    action = IDS["OptionQuoting-v0"][1]
     for _ in range(6):
         assert np.allclose(one, two[0].numpy())
         one, reward, *_ = single.step(action)
@@ -131,14 +135,14 @@ def test_the_next_episode_starts_by_itself(name):
 @pytest.mark.parametrize("name", IDS)
 def test_a_reset_in_mid_episode_or_after_it_begins_anew(name):
     settings, action = IDS[name]
-    vector = gym.make_vec(name, num_envs=2, **settings)
+    vector = gym.make_vec(name, num_envs=8, **settings)
     for steps in (2, 5):
         first, _ = vector.reset(seed=1)
         for _ in range(steps):
-            vector.step(np.tile(action, (2, 1)))
+            vector.step(np.tile(action, (8, 1)))
         again, _ = vector.reset(seed=1)
         np.testing.assert_array_equal(again, first)
-        _, reward, *_ = vector.step(np.tile(action, (2, 1)))
+        _, reward, *_ = vector.step(np.tile(action, (8, 1)))
         assert (reward != 0).any()
 
 
@@ -168,4 +172,4 @@ def test_rivals_are_those_that_are_asked_for():
         return sum(vector.step(np.tile(action, (64, 1)))[4]["income"].mean() for _ in range(5))
 
     assert income(rival_k=0.4) > income() == income(rival_risk_aversion=0.23, rival_k=0.8)  # rivals that quote wider
-    assert gym.make_vec("OptionQuoting-v0", num_envs=2, num_makers=3).single_observation_space.shape == (17,)
+    assert gym.make_vec("OptionQuoting-v0", num_envs=2, num_makers=3).single_observation_space.shape == (33,)

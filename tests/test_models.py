@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pytest
 import torch
-from common import MARKET_PHASES, PHASES, SP500_GARCH
+from common import MARKET_PHASES, PHASES, SP500_GARCH, model_called
 
 from envs import models
 from envs.market import dynamics
@@ -106,12 +106,83 @@ def test_an_evaluation_may_name_any_market():
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("mean_reversion", 0.0), ("vol_of_vol", 4.0), ("correlation", -1.5), ("num_makers", 1), ("arrival_rate", 0.0),
-     ("flow_sd", -1.0), ("choice_sensitivity", 0.0), ("cost_rate", 0.6), ("risk_aversion", float("inf"))],
+     ("flow_sd", -1.0), ("choice_sensitivity", 0.0), ("cost_rate", 0.6), ("risk_aversion", float("inf")),
+     ("informed_share", 1.5), ("informed_share", -0.1), ("informed_share", float("nan"))],
 )  # fmt: skip
 def test_flags_of_a_market_of_makers_that_cannot_work(flag, value):
     QuoterArgs().check()
     with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')} is {value}"):
         QuoterArgs(**{flag: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moneyness": ()}, "--moneyness is empty (one or more, increasing)"),
+        ({"moneyness": (0.5, 0.0)}, "--moneyness is 0.5 0 (one or more, increasing)"),
+        ({"moneyness": (0.0, 0.0)}, "--moneyness is 0 0 (one or more, increasing)"),
+        ({"moneyness": (0.0, float("nan"))}, "--moneyness is 0 nan (one or more, increasing)"),
+        ({"moneyness": (float("nan"),)}, "--moneyness has nan (at least -5, at most 5)"),
+        ({"moneyness": (-6.0, 0.0)}, "--moneyness has -6 (at least -5, at most 5)"),
+        ({"expiries": ()}, "--expiries is empty (one or more, increasing)"),
+        ({"expiries": (120, 60)}, "--expiries is 120 60 (one or more, increasing)"),
+        ({"expiries": (59, 120)}, "--expiries begins at 59 (at least --num-steps = 60)"),
+        ({"expiries": (120, 3000)}, "--expiries ends at 3000 (at most 2520)"),
+        ({"expiries": tuple(range(60, 81))}, "--moneyness × --expiries are 105 options (at most 100)"),
+    ],
+)
+def test_options_that_cannot_be_quoted(changes, message):
+    with pytest.raises(UsageError) as refusal:
+        QuoterArgs(**changes).check()
+    assert message in str(refusal.value)
+
+
+def test_options_that_the_flags_describe():
+    """Out of the money, of one expiry twice the episode's length unless others are named."""
+    args = QuoterArgs(num_steps=10, moneyness=(-1.0, 0.0, 2.0))
+    assert args.expiry_steps == (20,)
+    options = args.options(1 / 504)
+    root = 0.2 * (20 / 504) ** 0.5
+    assert [option.strike for option in options] == [pytest.approx(100 * np.exp(z * root)) for z in (-1, 0, 2)]
+    assert [option[1:] for option in options] == [(20, False), (20, True), (20, True)]
+    surface = QuoterArgs(num_steps=10, expiries=(10, 40)).options(1 / 252)
+    assert [option.expiry for option in surface] == [10] * 5 + [40] * 5
+    assert surface[9].strike == pytest.approx(100 * np.exp(0.2 * (40 / 252) ** 0.5))
+    described = QuoterArgs(expiries=(60, 120)).described()
+    assert described["expiries"] == (60, 120)
+    assert described["moneyness"] == (-1.0, -0.5, 0.0, 0.5, 1.0)
+    assert described["informed_share"] == 0.2
+    assert QuoterArgs().described() == QuoterArgs(expiries=(120,)).described()  # the same market, said otherwise
+
+
+def test_options_of_another_agent():
+    """A network has a column for every option: their numbers must be the same."""
+    trained = QuoterArgs(expiries=(60, 120))
+    models.check_options(QuoterArgs(expiries=(80, 200), moneyness=(-2.0, -1.0, 0.0, 1.0, 2.0)), trained)
+    for changes, message in (
+        ({"moneyness": (0.0,), "expiries": (60, 120)}, "--moneyness has 1, but the agent was trained with 5"),
+        ({}, "--expiries has 1, but the agent was trained with 2"),
+        ({"moneyness": tuple(range(-4, 6)), "expiries": (60,)}, "--moneyness has 10"),  # as many, but others
+    ):
+        with pytest.raises(UsageError) as refusal:
+            models.check_options(QuoterArgs(**changes), trained)
+        assert message in str(refusal.value)
+
+
+def test_options_beyond_a_calibrated_smile(monkeypatch):
+    """51 days of it, in half days."""
+    market = model_called("marlvol")
+    monkeypatch.setattr(models, "load_market", lambda path, dt: market)
+    args = QuoterArgs(dynamics="marlvol", marlvol_checkpoint="x", num_steps=25)
+    assert make_model(args) is market
+    for changes, message in (
+        ({"num_steps": 26}, "--num-steps is 26 (at most 25: options expire after twice that, and the smile ends)"),
+        ({"expiries": (30, 60)}, "--expiries ends at 60 (at most 51, where the smile ends)"),
+        ({"num_steps": 60, "expiries": (60,)}, "--expiries ends at 60 (at most 51"),
+    ):
+        with pytest.raises(UsageError) as refusal:
+            make_model(QuoterArgs(**{**vars(args), **changes}))
+        assert str(refusal.value).startswith(message)
 
 
 @pytest.mark.parametrize("name", MARKET_PHASES)

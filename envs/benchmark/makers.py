@@ -64,8 +64,8 @@ class Makers:
     Attributes:
         env: that market from the agent's seat (its `like` has it in any size).
         policies: by name, what an agent has to beat in its seat.
-        parameters: by the same names, and the rival's: risk aversion and k (or the cost of a fill), then the share of
-            the way to the fair value and the band in shares, or the rival's multiple of the spread.
+        parameters: by the same names, and the rival's: risk aversion and k (or the multiple of the spread), then the
+            share of the way to the fair value and the band in shares, or the rival's multiple of the spread.
         origin: where the parameters come from.
     """
 
@@ -73,6 +73,11 @@ class Makers:
     policies: dict[str, Policy]
     parameters: Parameters
     origin: str
+
+    @property
+    def imitated(self) -> str:
+        """Name of the maker that agents start from: the closed form, or without risk aversion GLFT with the smile."""
+        return next(name for name in (MULTI_ASSET, GLFT_SMILE, *self.policies) if name in self.policies)
 
 
 def against(market: QuotingEnv, policy: Policy) -> AgainstRivals:
@@ -165,7 +170,7 @@ def tune_makers(market: QuotingEnv, start: tuple[float, float], rival: tuple[flo
     found[GLFT_SMILE] = _tune(GLFT_SMILE, env, (*found[GLFT], 0.5, 0.15), moves)
     if market.risk_aversion > 0:  # else they are the best response
         for name in (MULTI_ASSET, VEGA_DP):
-            found[name] = _tune(name, env, (3.0 * market.risk_aversion, 0.1, 0.8, 0.15), moves)
+            found[name] = _tune(name, env, (2.0 * market.risk_aversion, 1.1, 0.8, 0.1), moves)
     return found
 
 

@@ -325,6 +325,7 @@ class CalibratedSmile(Smile):
 
     def _at(self, tables: Tensor, step: Tensor, spot: Tensor) -> Tensor:
         step = step.long()
+        spot = spot.to(tables.dtype)
         row = step.clamp(max=tables.shape[1] - 1)
         return torch.stack([self.dynamics.lookup(table, row, step, spot) for table in tables], -1)
 

@@ -37,6 +37,7 @@ from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY, VOL_POINT
 Tensor = torch.Tensor
 ASK, BID = 0, 1  # takers buy at the ask and sell at the bid: the axis before the options', of quotes, takers and fills
 MAX_FLOW = 0.9  # the order flow's imbalance is cut here, so that some takers come to either side
+ROUNDING = 1e-4  # vol points by which quotes may cross: an edge is the sum of numbers of a few vol points
 MIN_VEGA = 1e-3  # currency per vol point: what is divided by a vega, which vanishes far from the money, is cut here
 
 
@@ -482,6 +483,13 @@ class QuotingEnv(MarketEnv):
             position=observation[:, self.columns["positions"]],
         )
 
+    def uncrossed(self, actions: Tensor) -> Tensor:
+        """Actions (…, actions) with quotes that cross (an ask below its bid) moved to the middle between them."""
+        action = self.by_name(actions)
+        excess = 0.5 * (action["ask"] + action["bid"]).clamp(max=0)
+        ask = action["ask"] - excess
+        return self.to_action(**{**action, "ask": ask, "bid": torch.maximum(action["bid"] - excess, -ask)})
+
     def vegas_at(self, state: QuotingState) -> Tensor:
         """Vegas (n, num_options) of the reference prices, currency per vol point, at least `MIN_VEGA`."""
         volatility = self.reference_volatility(state.step, state.spot / self.initial_spot, state.variance)
@@ -646,7 +654,7 @@ class QuotingEnv(MarketEnv):
             raise BadQuote(f"{self.action_names()[number]} of maker {maker} is not finite at step {self.t}")
         action = self.by_name(actions)
         spread = (action["ask"] + action["bid"]).amin((0, 1))
-        if spread.amin() < 0:
+        if spread.amin() < -ROUNDING:
             option = int(spread.argmin())
             where = f"of option {option} at step {self.t}"
             raise BadQuote(f"ask + bid {where} are {spread[option].item():g} (0 or more, or the quotes cross)")

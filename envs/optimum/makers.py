@@ -27,7 +27,7 @@ class BestResponse:
     Args:
         env: the market from the maker's seat.
         moves: of the options; None: hedged at the Black–Scholes delta.
-        fill_cost: a further cost of each fill, vol points.
+        spread: multiple of the best half-spread that is quoted.
         share: of the way from the reference price to the fair value that the maker believes in.
         band: half-width of the no-trade band, shares.
     """
@@ -36,19 +36,19 @@ class BestResponse:
         self,
         env: AgainstRivals,
         moves: StepMoves | None = None,
-        fill_cost: float = 0.0,
+        spread: float = 1.0,
         share: float = 1.0,
         band: float = 0.0,
     ):
         self.market = env.env
         self.moves = moves
-        self.fill_cost = fill_cost
+        self.spread = spread
         self.share = share
         self.band = band
 
     def costs(self, state: QuotingState, vegas: Tensor) -> Tensor | float:
         """Marginal costs of a fill (n, 2, num_options), vol points."""
-        return self.fill_cost
+        return 0.0
 
     def __call__(self, observation: Tensor) -> Tensor:
         market = self.market
@@ -61,7 +61,7 @@ class BestResponse:
             marginal_cost=self.costs(state, vegas),
         )  # fmt: skip
         ask, bid = edges.unbind(-2)
-        half_spread = (0.5 * (ask + bid)).clamp(min=0)
+        half_spread = self.spread * (0.5 * (ask + bid)).clamp(min=0)
         target = torch.zeros_like(state.vega)
         if self.moves is not None:
             target = -(state.position * self.moves.exposure_at(state)).sum(-1)
@@ -74,15 +74,15 @@ class MultiAsset(BestResponse):
     Its Hamiltonians are expanded around the best response to what the rivals quote without inventory.
 
     Args:
-        env, moves, fill_cost, share, band: as `BestResponse`.
+        env, moves, spread, share, band: as `BestResponse`.
         risk_aversion: γ, 1/currency.
     """
 
     @torch.no_grad()
     def __init__(
-        self, env: AgainstRivals, moves: StepMoves, risk_aversion: float, fill_cost: float, share: float, band: float
+        self, env: AgainstRivals, moves: StepMoves, risk_aversion: float, spread: float, share: float, band: float
     ):
-        super().__init__(env, moves, fill_cost, share, band)
+        super().__init__(env, moves, spread, share, band)
         market = self.market
         vegas, gaps = moves.vegas, share * moves.gaps  # (T, X, V, O)
         rivals = rival_edges(env)[:, None, None]  # (T, 1, 1, 2, O, R)
@@ -105,7 +105,7 @@ class MultiAsset(BestResponse):
         where = state.step, state.spot / self.market.initial_spot, state.variance
         a = self.moves.grid.interpolate(self.a, *where)
         b = self.moves.grid.interpolate(self.b, *where)
-        return self.fill_cost + (prices_of_risk(a, b, state.position) / vegas[..., None]).transpose(-1, -2)
+        return (prices_of_risk(a, b, state.position) / vegas[..., None]).transpose(-1, -2)
 
 
 class VegaProgramming(BestResponse):
@@ -119,7 +119,7 @@ class VegaProgramming(BestResponse):
     vega, the cost of hedging, the persistence of order flow, and the rivals' inventories.
 
     Args:
-        env, moves, fill_cost, share, band: as `BestResponse`.
+        env, moves, spread, share, band: as `BestResponse`.
         risk_aversion: a, 1/currency.
 
     Attributes:
@@ -128,9 +128,9 @@ class VegaProgramming(BestResponse):
 
     @torch.no_grad()
     def __init__(
-        self, env: AgainstRivals, moves: StepMoves, risk_aversion: float, fill_cost: float, share: float, band: float
+        self, env: AgainstRivals, moves: StepMoves, risk_aversion: float, spread: float, share: float, band: float
     ):
-        super().__init__(env, moves, fill_cost, share, band)
+        super().__init__(env, moves, spread, share, band)
         market = self.market
         at_start = len(moves.grid.spot) // 2
         roots = moves.grid.root
@@ -169,7 +169,7 @@ class VegaProgramming(BestResponse):
         costs = torch.linspace(*COSTS[:2], COSTS[2]).to(gaps)
         sides = torch.stack((gaps, -gaps), -1)[..., None]  # (V, O, 2, 1)
         rivals = rivals.transpose(0, 1)[:, :, None]  # (O, 2, 1, R)
-        table = best_profit(env, rivals, *torch.broadcast_tensors(sides, costs + self.fill_cost))  # (V, O, 2, C)
+        table = best_profit(env, rivals, *torch.broadcast_tensors(sides, costs))  # (V, O, 2, C)
         scale = market.arrival_rate / SUBSTEPS * vegas[:, None, :, None]
 
         def profit(cost: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class VegaProgramming(BestResponse):
         after = torch.cat((book, book - vegas, book + vegas), -1)  # now, sold one of each option, bought one
         value = self._at(self.held, state.step, state.variance.sqrt(), after)
         change = value[:, :1] - value[:, 1:]
-        return self.fill_cost + change.unflatten(-1, (2, -1)) / vegas[:, None]
+        return change.unflatten(-1, (2, -1)) / vegas[:, None]
 
 
 def best_profit(env: AgainstRivals, rivals: Tensor, gaps: Tensor, costs: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def test_a_run_without_snapshots_is_not_asked_for_progress():
 def classics_of(market) -> makers.Makers:
     """Two classical makers that nobody has tuned, and one that knows the model."""
     found = {makers.RIVAL: (0.25, 0.8), makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.LINEAR_START: (1.2, 0.8, 0.1)}
-    return makers.assemble(market, {**found, makers.MULTI_ASSET: (3.0, 0.1, 0.8, 0.15)}, "")
+    return makers.assemble(market, {**found, makers.MULTI_ASSET: (3.0, 1.1, 0.8, 0.15)}, "")
 
 
 def test_validation_measures_both_against_the_classic_and_among_themselves():

@@ -75,8 +75,8 @@ def test_every_maker_has_its_formula_and_parameters():
         makers.LINEAR_START: formulas.minimum_variance_band(market, glft, 0.15),
         makers.AS_SMILE: formulas.with_the_smile(market, named, moves, 0.6, 0.1),
         makers.GLFT_SMILE: formulas.with_the_smile(market, glft, moves, 0.4, 0.2),
-        makers.MULTI_ASSET: MultiAsset(env, moves, 3.0, 0.1, 0.8, 0.15),
-        makers.VEGA_DP: VegaProgramming(env, moves, 2.0, 0.2, 0.9, 0.12),
+        makers.MULTI_ASSET: MultiAsset(env, moves, 3.0, 1.1, 0.8, 0.15),
+        makers.VEGA_DP: VegaProgramming(env, moves, 2.0, 1.2, 0.9, 0.12),
     }
     observation, _ = env.reset(seed=0)
     for _ in range(4):
@@ -93,7 +93,7 @@ def test_parameters_of_other_makers_are_refused():
     market = QuotingEnv(2, num_steps=3, fair_marks=False)
     for known in (
         {makers.RIVAL: (0.25, 0.8), "inventory dynamic programming, tuned": (1.0, 0.1, 0.2)},
-        {makers.RIVAL: (0.25, 0.8), makers.MULTI_ASSET: (3.0, 0.1)},
+        {makers.RIVAL: (0.25, 0.8), makers.MULTI_ASSET: (3.0, 1.1)},
         {makers.AVELLANEDA_STOIKOV: (0.25, 0.8)},
         {makers.RIVAL: None},
     ):

@@ -219,7 +219,7 @@ def starts(project, monkeypatch):
         project.append((script, flags))
         folder = Path("runs/selfplay_starts" + ("" if len(project) == 1 else f"-{len(project)}"))
         folder.mkdir()
-        rows = [{"edge": 0.81, "nash": 0.8}, {"edge": 0.78, "nash": 0.8}]
+        rows = [{"off_nash": 0.012}, {"off_nash": 0.025}]
         (folder / "selfplay_starts.json").write_text(json.dumps(rows))
         (folder / "selfplay_starts.md").write_text("| start |\n| --- |\n| 0.5 |\n")
         (folder / "selfplay_starts.png").write_bytes(b"a figure")
@@ -236,6 +236,7 @@ def test_a_script_of_benchmarks_writes_its_own_table_and_figure(starts):
     assert Path("docs/phase4_edges_neutral.png").read_bytes() == b"a figure"
     assert reproduce.main(["phase4-neutral"])
     assert len(starts) == 1
+    assert reproduce.read_run(Path("runs/selfplay_starts"))["off_nash"] == [0.012, 0.025]
     assert reproduce.main(["phase4-three"])
     assert "--flags=--num-makers 3 --tuning-episodes 512" in starts[1][1]
 
@@ -297,6 +298,36 @@ def test_templates_print_intervals_and_ranges():
     assert reproduce.fill("{x:.2f}", runs[:1]) == "0.38"
     assert reproduce.fill("{gain:+.1%}; {gain:.2f}", runs[:1]) == "+40.0 % [38.0, 42.0]; +0.40 [+0.38, +0.42]"
     assert reproduce.fill("{edges:.1f}", [{"edges": [2.0, 1.0]}]) == "1.0 to 2.0"
+    gains = [{"gain": reproduce.Interval(0.4, 0.38, 0.42)}, {"gain": reproduce.Interval(0.3, 0.27, 0.33)}]
+    assert (
+        reproduce.fill("{gain:.1%}; {gain:.2f}", gains) == "30.0 to 40.0 % [27.0, 42.0]; +0.30 to +0.40 [+0.27, +0.42]"
+    )
+
+
+def test_of_many_seeds_there_is_one_column_and_a_script_has_no_more_seeds_than_it_is_for(project):
+    seeds = tuple(range(1, 8))
+    write = reproduce.by_seed(("phase3", [("gain", "{gain:.1f}")]))
+    runs = [{"made": {"seed": seed}, "gain": float(seed)} for seed in seeds]
+    assert write(lambda name: runs, "").splitlines()[0] == "|  | S = 1 to 7 |"
+    assert write(lambda name: runs, "").splitlines()[-1] == "| gain | 1.0 to 7.0 |"
+    assert write(lambda name: runs[:5], "").splitlines()[0] == "|  | S = 1 | S = 2 | S = 3 | S = 4 | S = 5 |"
+    starts = reproduce.NAMED["phase4-starts"]
+    assert reproduce.with_seeds(starts, seeds) == "--seeds 1 2 3"
+    assert reproduce.digest(starts, seeds) == reproduce.digest(starts, seeds[:3])
+
+
+def test_the_strongest_classic_is_the_one_with_the_highest_objective(tmp_path):
+    result = benchmark(1)
+    makers = (reproduce.AS, reproduce.MULTI_ASSET, reproduce.VEGA_DP)
+    for name, objective in zip((*makers, reproduce.BEST_RESPONSE), (0.2, 0.9, 0.8, 2.0), strict=True):
+        result["rows"][name] = {"objective": objective}
+        result["advantages"][name] = estimate(1.0 - objective)
+    write_json(tmp_path / "benchmark.json", result)
+    write_json(tmp_path / "reproduced.json", {"seed": 1})
+    run = reproduce.read_run(tmp_path)
+    found = reproduce.fill("{strongest[label]}: {strongest[objective]:.1f}, {strongest[advantage]:.1f}", [run])
+    assert found == "multi-asset closed form: 0.9, +0.1 [+0.1, +0.1]"
+    assert run["below_best"] == pytest.approx(0.5)
 
 
 def test_cross_play_says_how_the_agent_compares_with_its_snapshots(tmp_path):
@@ -344,8 +375,7 @@ def test_every_table_stands_in_its_document(table):
     if any(reproduce.NAMED[name].is_benchmark for name in table.experiments) or table.name == "answer":
         return  # written by the script itself, or prose
     if table.name == "phase3-levels":
-        labels = [label for label, _ in reproduce.LEVELS]
-        assert first_cells(block)[2:] == labels
+        assert first_cells(block)[2:] == list(reproduce.LEVELS.values())
         return
     written = table.write(lambda name: [Anything(made={"seed": 1})], "")
     assert first_cells(block) == first_cells(written)

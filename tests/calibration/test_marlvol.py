@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from common import dupire_market
 
 from envs import HedgingEnv
 from envs.baselines import hedgers
@@ -96,15 +97,6 @@ def test_flat_volatility_is_black_scholes():
     gbm = HedgingEnv(64, dynamics.GBM(model.volatility), num_steps=30)
     gbm.reset(seed=0)
     torch.testing.assert_close(HedgingEnv(64, model).reset(seed=0)[0][:, 4], gbm.observe()[:, 4], atol=1e-3, rtol=0)
-
-
-def dupire_market():
-    """Phase 0's result in miniature: a market whose projection is Dupire's local volatility, as a table."""
-    content = market(slope=0.1)
-    game = CalibrationGame(SP500, 100)
-    content["projection"] = game.local_volatility
-    content["tables"] = (game.local_volatility / game.reference_volatility).log()[:, None]
-    return content
 
 
 @pytest.mark.parametrize("per_day", [1, 2])

@@ -149,7 +149,7 @@ def test_those_who_know_the_model_quote_in_a_market_with_more_numbers():
         market = kind(64, GBM(0.2, 1 / 504), num_steps=6)
         env = AgainstRivals(market, [makers.constant_spread(market, 1.1)])
         moves = StepMoves(market)
-        policies = [kind(env, moves, 1.0, 0.1, 0.8, 0.1) for kind in (MultiAsset, VegaProgramming)]
+        policies = [kind(env, moves, 1.0, 1.1, 0.8, 0.1) for kind in (MultiAsset, VegaProgramming)]
         env.reset(seed=0)
         results.append([play(env, policy)["objective"] for policy in (*policies, BestResponse(env))])
     assert all((one == two).all() for one, two in zip(*results, strict=True))

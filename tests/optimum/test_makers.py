@@ -96,8 +96,8 @@ def test_best_response_earns_most_where_nothing_is_risked(name, informed_share):
         "Avellaneda–Stoikov": makers.avellaneda_stoikov(market, 0.25, 0.8),
         "with the smile": makers.with_the_smile(market, glft, moves, 1.0, 0.0),
         "half of the smile": makers.with_the_smile(market, glft, moves, 0.5, 0.0),
-        "multi-asset": MultiAsset(env, moves, 1.0, 0.1, 0.8, 0.0),
-        "programming": VegaProgramming(env, moves, 1.0, 0.1, 0.8, 0.0),
+        "multi-asset": MultiAsset(env, moves, 1.0, 1.1, 0.8, 0.0),
+        "programming": VegaProgramming(env, moves, 1.0, 1.1, 0.8, 0.0),
     }
     best = BestResponse(env)
     env.reset(seed=0)
@@ -117,8 +117,8 @@ def test_best_response_earns_most_where_nothing_is_risked(name, informed_share):
 
 def test_without_risk_aversion_all_are_the_best_response():
     env, moves = default_market()
-    best = BestResponse(env, moves, 0.1, 0.7, 0.2)
-    neutral = [kind(env, moves, 1e-12, 0.1, 0.7, 0.2) for kind in (MultiAsset, VegaProgramming)]
+    best = BestResponse(env, moves, 1.1, 0.7, 0.2)
+    neutral = [kind(env, moves, 1e-12, 1.1, 0.7, 0.2) for kind in (MultiAsset, VegaProgramming)]
     observation, _ = env.reset(seed=0)
     for _ in range(6):
         expected = best(observation)
@@ -126,14 +126,14 @@ def test_without_risk_aversion_all_are_the_best_response():
         for policy in neutral:
             off = (policy(observation) - expected).abs()
             assert off.mean() < 1e-4
-            assert off.max() < 0.01  # where two edges earn the same, rounding decides
+            assert off.max() < 0.05  # where two edges earn the same, rounding decides
         observation, *_ = env.step(expected)
 
 
 def test_programming_without_risk_is_the_best_response():
     market = gbm_market(256, **NEUTRAL, options=calls(120, HALF_DAYS), num_steps=20)
     env = constant_rival(market)
-    policy = VegaProgramming(env, StepMoves(market), 0.0, 0.0, 1.0, 0.0)
+    policy = VegaProgramming(env, StepMoves(market), 0.0, 1.0, 1.0, 0.0)
     for step, vega in ((0, 1.0), (10, 3.0), (18, 5.0)):  # no fill leads beyond the grid, which is felt nearby
         assert costs_of(policy, market, step, torch.linspace(-vega, vega, 11)).abs().max() < 1e-3
     env.reset(seed=0)
@@ -152,7 +152,7 @@ def test_inventory_is_charged_for(kind):
     market = gbm_market(1, options=calls(120, HALF_DAYS))
     env = constant_rival(market)
     moves = StepMoves(market)
-    policy, averse = (kind(env, moves, risk_aversion, 0.0, 1.0, 0.2) for risk_aversion in (1.0, 2.0))
+    policy, averse = (kind(env, moves, risk_aversion, 1.0, 1.0, 0.2) for risk_aversion in (1.0, 2.0))
     still = env.standing_still(9)
     vega = torch.linspace(-2, 2, 9)
     observation = still.observe_at(0, vega)
@@ -163,9 +163,9 @@ def test_inventory_is_charged_for(kind):
     torch.testing.assert_close(costs[:, 0], costs.flip(0)[:, 1], rtol=1e-2, atol=1e-4)  # buying mirrors selling
     assert (costs[:, 0].diff(dim=0) < 0).all()  # the more is held, the more gladly it is sold
     assert (costs[:, 1].diff(dim=0) > 0).all()
-    dearer = kind(env, moves, 1.0, 0.3, 1.0, 0.2)
-    torch.testing.assert_close(dearer.costs(state, market.vegas_at(state))[4], costs[4] + 0.3, rtol=0, atol=0.05)
-    quotes = market.by_name(policy(observation))
+    quotes, wider = (market.by_name(x(observation)) for x in (policy, kind(env, moves, 1.0, 1.5, 1.0, 0.2)))
+    torch.testing.assert_close(wider["ask"] + wider["bid"], 1.5 * (quotes["ask"] + quotes["bid"]))
+    torch.testing.assert_close(wider["ask"] - wider["bid"], quotes["ask"] - quotes["bid"], rtol=1e-4, atol=1e-4)
     assert (quotes["ask"] < quotes["bid"])[5:].all()  # long: sells
     assert (quotes["ask"] > quotes["bid"])[:4].all()
     assert (quotes["band"] == 0.2).all()
@@ -178,7 +178,7 @@ def test_inventory_is_charged_for(kind):
 def test_a_closed_form_tells_options_apart_by_their_risk_and_not_by_vega_alone():
     """What is held in the wing makes the wing's own quotes move most."""
     env, moves = default_market()
-    policy = MultiAsset(env, moves, 3.0, 0.0, 1.0, 0.0)
+    policy = MultiAsset(env, moves, 3.0, 1.0, 1.0, 0.0)
     observation = env.standing_still(1).observe_at(10)
     positions = env.env.columns["positions"]
     flat = env.env.by_name(policy(observation))
@@ -196,13 +196,13 @@ def test_programming_predicts_its_value_where_its_assumptions_hold():
     market = gbm_market(4096, options=options, **settings, dtype=F64)
     env = constant_rival(market)
     moves = StepMoves(market)
-    policy = VegaProgramming(env, moves, 1e4, 0.0, 1.0, 0.0)
+    policy = VegaProgramming(env, moves, 1e4, 1.0, 1.0, 0.0)
     env.reset(seed=0)
     played = play(env, policy)["objective"]
     neutral = play(env, BestResponse(env))["objective"]
     assert neutral.mean() < 0.8 * played.mean()  # so inventory does matter here
     assert played.mean() == pytest.approx(policy.value, rel=0.03)
-    closed = play(env, MultiAsset(env, moves, 1e4, 0.0, 1.0, 0.0))["objective"]
+    closed = play(env, MultiAsset(env, moves, 1e4, 1.0, 1.0, 0.0))["objective"]
     assert closed.mean() == pytest.approx(played.mean(), rel=0.02)
 
 
@@ -210,7 +210,7 @@ def test_programming_predicts_its_value_in_heston_too():
     """With both kinds of takers, where nothing is risked: the value is the best response's."""
     market = QuotingEnv(1024, options=quoted(120, dt=HALF_DAYS), num_steps=10, flow_sd=0.0, **NEUTRAL)
     env = constant_rival(market)
-    policy = VegaProgramming(env, StepMoves(market), 0.0, 0.0, 1.0, 0.0)
+    policy = VegaProgramming(env, StepMoves(market), 0.0, 1.0, 1.0, 0.0)
     env.reset(seed=0)
     played = play(env, policy)["objective_centred"]
     assert played.mean() == pytest.approx(policy.value, rel=0.03)
@@ -224,7 +224,7 @@ def test_those_who_know_the_smile_beat_those_who_do_not():
     glft = makers.minimum_variance_band(market, makers.glft(market, 1.2, 0.8), 0.15)
     base = play(env, glft)["objective_centred"]
     for kind in (MultiAsset, VegaProgramming):
-        gain = estimate(play(env, kind(env, moves, 3.0, 0.1, 0.8, 0.15))["objective_centred"] - base)
+        gain = estimate(play(env, kind(env, moves, 3.0, 1.1, 0.8, 0.15))["objective_centred"] - base)
         assert gain.low > 1.0, kind.__name__
 
 

@@ -16,6 +16,8 @@ from envs.market.units import TRADING_DAYS
 from envs.models import make_model
 from envs.run.run import run_main
 
+HUGE = ["--dynamics", "gbm", "--num-envs", 1_000_000, "--num-steps", 1200]
+
 
 def fails(capsys, tmp_path, monkeypatch, *flags, phase=phase1) -> str:
     """Runs main in an empty folder; returns the one line on stderr."""
@@ -124,6 +126,21 @@ def test_flags_of_phase2(capsys, tmp_path, monkeypatch, flags, message):
         (["--flow-sd", -1], "--flow-sd is -1.0"),
         (["--num-makers", 1], "--num-makers is 1 (at least 2, at most 16)"),
         (["--num-makers", 2.5], "--num-makers"),
+        (["--moneyness"], "--moneyness is empty (one or more, increasing)"),
+        (["--moneyness", 0, -1], "--moneyness is 0 -1 (one or more, increasing)"),
+        (["--moneyness", "low"], "--moneyness"),
+        (["--moneyness", 0, 7], "--moneyness has 7 (at least -5, at most 5)"),
+        (["--expiries"], "--expiries is empty (one or more, increasing)"),
+        (["--expiries", 120, 60], "--expiries is 120 60 (one or more, increasing)"),
+        (["--expiries", 30, 120], "--expiries begins at 30 (at least --num-steps = 60)"),
+        (["--expiries", 61.5], "--expiries"),
+        (["--expiries", *range(60, 81)], "--moneyness × --expiries are 105 options (at most 100)"),
+        (["--informed-share", 1.5], "--informed-share is 1.5 (at least 0, at most 1)"),
+        (["--informed-share", -0.2], "--informed-share is -0.2"),
+        (["--min-std", 0], "--min-std is 0.0 (more than 0, at most 1)"),
+        (["--copies", 5], "--copies is 5 (1 or an even number, must divide --num-envs = 512)"),
+        (["--start", "nowhere"], "--start"),
+        (["--average", 0], "--average is 0.0 (more than 0, at most 1)"),
         (["--cost-rate", -1e-3], "--cost-rate is -0.001 (at least 0"),
         (["--risk-aversion", -1], "--risk-aversion is -1.0"),
         (["--mean-reversion", 0], "--mean-reversion is 0.0"),
@@ -135,7 +152,7 @@ def test_flags_of_phase2(capsys, tmp_path, monkeypatch, flags, message):
         (["--rival-risk-aversion", -1], "--rival-risk-aversion is -1.0"),
         (["--tuning-episodes", 1], "--tuning-episodes is 1"),
         (["--num-envs", 10_000_000], "--num-envs is 10000000"),
-        (["--num-envs", 1_000_000, "--num-steps", 2400, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
+        ([*HUGE, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
         (["--num-minibatches", 7], "--num-minibatches is 7 (must divide num_envs × num_steps"),
         (["--total-timesteps", 100], "--total-timesteps is 100 (at least"),
         (["--gae-lambda", 2], "--gae-lambda is 2.0"),
@@ -162,12 +179,15 @@ def test_flags_of_phase3(capsys, tmp_path, monkeypatch, flags, message):
         (["--guests", "runs/absent"], "runs/absent: no such checkpoint"),
         (["--start-edge", 0], "--start-edge is 0.0 (more than 0, at most 10)"),
         (["--start-edge", "nan"], "--start-edge is nan"),
-        (["--copies", 3], "--copies is 3 (at least 1, must divide --num-envs = 64)"),
+        (["--copies", 3], "--copies is 3 (1 or an even number, must divide --num-envs = 64)"),
         (["--copies", 0], "--copies is 0"),
         (["--average", 0], "--average is 0.0 (more than 0, at most 1)"),
         (["--choice-sensitivity", 0], "--choice-sensitivity is 0.0"),
+        (["--moneyness"], "--moneyness is empty (one or more, increasing)"),
+        (["--expiries", 60, 60], "--expiries is 60 60 (one or more, increasing)"),
+        (["--informed-share", 2], "--informed-share is 2.0 (at least 0, at most 1)"),
         (["--total-timesteps", 100], "--total-timesteps is 100 (at least 3840"),
-        (["--num-envs", 1_000_000, "--num-steps", 2400, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
+        ([*HUGE, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
         (["--dynamics", "historical"], "historical with --evaluate"),
         (["--evaluate", "absent.pt"], "absent.pt: no such checkpoint"),
     ],
@@ -186,6 +206,12 @@ def test_a_market_of_another_size_than_the_maker_knows(capsys, tmp_path, monkeyp
     for flags in (["--num-makers", 3], ["--privileged"]):
         flags = ("--evaluate", tmp_path, *flags)
         assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase)
+    for flags, message in (
+        (["--moneyness", 0.0], "--moneyness has 1, but the agent was trained with 5: it quotes other options"),
+        (["--expiries", 60, 120], "--expiries has 2, but the agent was trained with 1: it quotes other options"),
+        (["--informed-share", 7], "--informed-share is 7.0 (at least 0, at most 1)"),
+    ):
+        assert message in fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path, *flags, phase=phase)
     if phase is phase4:
         flags = ("--guests", tmp_path, "--num-makers", 3)
         assert "its networks have other shapes" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase)

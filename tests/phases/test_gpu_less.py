@@ -12,7 +12,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from common import CPU, PHASES, invented
+from common import CPU, PHASES, invented, quoted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,12 +22,15 @@ import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
 import phase4_selfplay as phase4
 from envs import QuotingEnv
+from envs.baselines import makers as formulas
 from envs.benchmark import makers
 from envs.calibration import marlvol
 from envs.calibration.game import CalibrationGame
 from envs.market import dynamics, smiles
+from envs.market.moves import StepMoves
 from envs.market.units import TRADING_DAYS
 from envs.models import make_model
+from envs.optimum.makers import BestResponse, MultiAsset, VegaProgramming
 from envs.run.run import Run
 
 META = torch.device("meta")
@@ -92,7 +95,11 @@ def sgd(agent):
 
 
 def classics_of(market: QuotingEnv) -> makers.Makers:
-    return makers.assemble(market, invented(*phase4.CLASSICS), "invented")
+    """The makers that take turns as opponents; they know no moves, which are measured before training."""
+    parameters = invented(*phase4.CLASSICS)
+    env = makers.against_rival(market, parameters[makers.RIVAL])
+    policies = {name: makers.classical_maker(name, env, parameters[name], None) for name in phase4.CLASSICS}
+    return makers.Makers(env, policies, parameters, "invented")
 
 
 def calibration_iteration(model):
@@ -190,6 +197,28 @@ def test_nor_does_it_in_a_calibrated_market(name):
     iterate()  # the first one moves its tables to the device
     with NoHost():
         iterate()
+
+
+@pytest.mark.parametrize("expiries", [(8,), (8, 12)])
+def test_nor_do_makers_who_know_the_model(expiries):
+    """What they know is measured once, on the host; after that they play without it."""
+    market = QuotingEnv(8, options=quoted(*expiries, dt=0.5 / TRADING_DAYS), num_steps=2)
+    parameters = invented(*makers.KNOWING)
+    env = makers.against_rival(market, parameters[makers.RIVAL])
+    known = StepMoves(market)
+    policies = [BestResponse(env, known), MultiAsset(env, known, 3.0, 1.1, 0.8, 0.1)]
+    policies.append(VegaProgramming(env, known, 3.0, 1.1, 0.8, 0.1))
+    seen = {}
+    policies = [on_meta(policy, seen) for policy in policies]
+    market, known = on_meta(market, seen), on_meta(known, seen)
+    policies.append(formulas.with_the_smile(market, formulas.glft(market, 1.2, 0.8), known, 0.5, 0.1))
+    observation, _ = market.reset()
+    with NoHost():
+        for policy in policies:
+            action = policy(observation[:, 0])
+            assert action.shape == (8, market.action_size)
+            observation, *_ = market.step(action[:, None].expand(-1, 2, -1))
+            market.t = 0
 
 
 def test_the_stand_in_notices_copies_and_reads():

@@ -2,16 +2,13 @@
 
 import numpy as np
 import pytest
-import torch.nn as nn
-from common import CPU, MARKET_PHASES, PHASES
+from common import CPU, MARKET_PHASES, PHASES, dupire_market
 
 from envs.baselines import hedgers
 from envs.baselines import makers as formulas
 from envs.benchmark import makers
 from envs.benchmark.contest import play
 from envs.calibration import marlvol
-from envs.calibration.game import CalibrationGame
-from envs.market import smiles
 from envs.market.units import TRADING_DAYS
 from envs.models import make_model
 from envs.run.errors import UsageError
@@ -28,12 +25,8 @@ def fewer_particles(monkeypatch):
 @pytest.fixture
 def checkpoint(tmp_path):
     """Phase 0's result in miniature: a market whose projection is Dupire's local volatility, as a table."""
-    game = CalibrationGame(smiles.SURFACES["sp500-2018"], 100)
-    content = marlvol.export_market(game, nn.Sequential(nn.Linear(2, 1), nn.Tanh(), nn.Linear(1, 1)))
-    content["projection"] = game.local_volatility
-    content["tables"] = (game.local_volatility / game.reference_volatility).log()[:, None]
     path = tmp_path / "market.pt"
-    save_checkpoint(path, {"phase": "phase0", "args": {}, "iteration": 1, "agent": {}, "market": content})
+    save_checkpoint(path, {"phase": "phase0", "args": {}, "iteration": 1, "agent": {}, "market": dupire_market()})
     return path
 
 
@@ -68,12 +61,15 @@ def test_bad_markets_are_refused(phase, checkpoint, tmp_path, monkeypatch):
     unfinished = tmp_path / "unfinished.pt"
     save_checkpoint(unfinished, {"phase": "phase0", "args": {}, "iteration": 1, "agent": {}})
     market = ["--dynamics", "marlvol", "--marlvol-checkpoint"]
+    beyond = [*market, str(checkpoint), "--num-steps", "30", "--expiries", "60", "110"]
+    beyond = [(beyond, "--expiries ends at 110 (at most 102, where the smile ends)")]
     for flags, message in (
         (["--dynamics", "marlvol"], "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0"),
         (["--marlvol-checkpoint", str(checkpoint)], "--marlvol-checkpoint needs --dynamics marlvol"),
         ([*market, "nowhere"], "nowhere: no such checkpoint"),
         ([*market, str(unfinished)], "has not been finished"),
-        ([*market, str(checkpoint), *too_long], f"--num-steps is {too_long[1]} (at most 51 with this"),
+        ([*market, str(checkpoint), *too_long], f"--num-steps is {too_long[1]} (at most "),
+        *(beyond if phase.name in ("phase3", "phase4") else []),
     ):
         with pytest.raises(UsageError) as refusal:
             phase.module.main(flags)

@@ -1,12 +1,13 @@
 """What is particular to phase 3; what all phases share is in test_scripts.py."""
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import CPU, PHASES, invented
+from common import CPU, IMITATION, PHASES, TUNE, invented
 
 import phase3_spread_vs_bs as phase3
 from envs import AgainstRivals
@@ -58,41 +59,65 @@ def run(quick, tmp_path, monkeypatch):
     return call
 
 
-def test_training_starts_from_the_classical_maker():
-    _, env, agent, classic = make(2048, num_steps=60)
-    half_spread, skew, target, band = agent.linear_maker.tolist()
-    assert 0.5 < half_spread < 3
-    assert skew < 0 < target  # sell what is held; a long vega gains when the market falls, so hold shares against it
-    assert band == pytest.approx(0.15)
+def closed_form(env):
+    """The closed form that agents imitate, with parameters that nobody has tuned."""
+    return MultiAsset(env, StepMoves(env.env), 3.0, 1.1, 0.8, 0.15)
+
+
+def test_training_starts_from_the_classical_maker(monkeypatch):
+    monkeypatch.setattr(phase3, "IMITATION", IMITATION // 3)
+    _, env, agent, _ = make(1024, num_steps=60)
+    known = closed_form(env)
+    observed, acted = agent.fit(env.like(512), known)
+    assert 0.5 < agent.half_spread < 3
+    assert agent.band == pytest.approx(0.15)
+    neutral = copy.deepcopy(agent)  # one constant half-spread, no skew, no tilts
+    agent.imitate(env.env, observed, acted, torch.Generator().manual_seed(0))
     env.reset(seed=1)
-    linear, known = (play(env, policy)["objective_centred"].mean() for policy in (agent.policy, classic))
-    named = play(env, env.rivals[0])["objective_centred"].mean()
-    assert linear > named + 0.8 * (known - named)
+    policies = (env.rivals[0], neutral.policy, agent.policy, known)
+    named, before, after, best = (play(env, policy)["objective_centred"].mean() for policy in policies)
+    assert after > named + 0.8 * (best - named)
+    assert after > before + 0.5 * (best - before)
+
+
+def test_a_neutral_start(tmp_path):
+    """One constant half-spread, quotes that neither skew nor tilt, and the hedge of Black–Scholes in a band."""
+    args, env, _, _ = make(start="neutral", total_timesteps=64 * 6)
+    market = env.env
+    classics = makers.assemble(market, invented(makers.AVELLANEDA_STOIKOV, makers.CONSTANT_SPREAD), "invented")
+    args.learning_rate = 1e-12
+    agent = phase3.train(PHASE.run(args, tmp_path), classics)
+    observation, _ = env.reset(seed=0)
+    numbers = market.by_name(agent.policy(observation))
+    half_spread = 0.5 * (numbers["ask"] + numbers["bid"])
+    torch.testing.assert_close(half_spread, agent.half_spread.expand_as(half_spread), rtol=0.05, atol=0)
+    assert (numbers["ask"] - numbers["bid"]).abs().max() < 0.1
+    assert numbers["target"].abs().max() < 0.05
 
 
 def test_actions_reach_the_classical_makers():
     _, env, agent, classic = make(512, num_steps=60)
-    half_spread, skew, target, band = agent.linear_maker
-    smile = formulas.with_the_smile(env.env, classic, moves := StepMoves(env.env), 1.0, 0.15)
-    closed_form = MultiAsset(env, moves, 3.0, 0.1, 0.8, 0.15)
-    for policy in (classic, env.rivals[0], smile, closed_form):
+    known = closed_form(env)
+    smile = formulas.with_the_smile(env.env, classic, known.moves, 0.4, 0.15)
+    for policy in (classic, env.rivals[0], smile, known):
         observation, _ = env.reset(seed=1)
         reached = []
         for _ in range(env.num_steps):
             action = policy(observation)
-            vega = observation[:, 4]
             numbers = env.env.by_name(action)
             half_spreads, ups = 0.5 * (numbers["ask"] + numbers["bid"]), 0.5 * (numbers["ask"] - numbers["bid"])
             common = half_spreads.mean(-1), ups.mean(-1)
             raw = torch.cat((torch.stack((
-                (common[0] / half_spread).log() / 0.6, (common[1] - skew * vega) / (0.5 * half_spread),
-                (numbers["target"] - target * vega) / 0.4, (numbers["band"] / band).clamp(min=1e-2).log(),
-            ), -1), 2 * (ups - common[1][:, None]), (half_spreads / common[0][:, None]).log() / 0.3), -1)  # fmt: skip
+                (common[0] / agent.half_spread).log() / 0.6, common[1],
+                numbers["target"] / 0.4, (numbers["band"] / agent.band).clamp(min=1e-2).log(),
+            ), -1), ups - common[1][:, None], (half_spreads / common[0][:, None]).log() / 0.5), -1)  # fmt: skip
             reached.append((raw.abs() <= 5).all(-1))
             quotes = agent.to_quote(observation, raw)[reached[-1], :11]
-            torch.testing.assert_close(quotes, action[reached[-1], :11], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(quotes, action[reached[-1], :11], rtol=1e-3, atol=1e-3)
             observation, *_ = env.step(action)
-        assert torch.cat(reached).double().mean() > (0.9 if policy is closed_form else 0.99)
+        # The fair value of an option far from the money may be any number of its vega's points away
+        least = {smile: 0.9, known: 0.9}.get(policy, 0.99)
+        assert torch.cat(reached).double().mean() > least
 
 
 def test_quotes_never_cross_whatever_the_network_says():
@@ -132,11 +157,11 @@ def test_learns_from_the_reward_less_its_noise():
     env.generator.manual_seed(5)
     batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
     env.generator.manual_seed(5)
-    observation, _ = env.reset()
+    observation, _ = env.reset(options={"copies": args.copies})
     noise = torch.Generator().manual_seed(0)
     rewards, raws = [], []
     for _ in range(env.num_steps):
-        action, _, _ = agent.act(agent.normalise(observation), torch.randn(32, 14, generator=noise))
+        action, _, _ = agent.act(agent.normalise(observation), phase3.exploration(32, agent, args, noise))
         observation, reward, _, _, info = env.step(agent.to_quote(observation, action))
         rewards.append(args.reward_scale * (reward - info["noise"]))
         raws.append(reward)
@@ -146,6 +171,37 @@ def test_learns_from_the_reward_less_its_noise():
     batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
     torch.testing.assert_close(batch.returns[:32], torch.stack(rewards).sum(0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(torch.stack(raws).sum(0) * args.reward_scale, torch.stack(rewards).sum(0))
+
+
+def test_copies_of_a_market_explore_in_opposite_pairs():
+    """So their noise cancels, and what they all earn is luck, which teaches nothing."""
+    args, env, agent, _ = make(32, copies=4)
+    noise = phase3.exploration(32, agent, args, torch.Generator().manual_seed(0))
+    assert noise.shape == (32, 14)
+    assert torch.equal(noise[::2], -noise[1::2])
+    assert noise[::2].unique(dim=0).shape == (16, 14)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    of_copies = batch.advantages.view(env.num_steps, 8, 4)
+    assert of_copies.mean(-1).abs().max() < 1e-5 < of_copies.std()
+    args.copies = 1
+    alone = phase3.exploration(32, agent, args, torch.Generator().manual_seed(0))
+    assert not torch.allclose(alone[::2], -alone[1::2])
+    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    assert batch.advantages.view(env.num_steps, 8, 4).mean(-1).abs().max() > 0.01
+
+
+def test_the_average_is_what_is_kept(tmp_path):
+    """With an average over all of the run it lags behind the learner, whose exploration has a floor."""
+    args, env, _, _ = make(average=1.0, min_std=0.6, learning_rate=0.01)  # exploration begins at e^{-1/2}
+    classics = makers.assemble(env.env, invented(makers.AVELLANEDA_STOIKOV, makers.LINEAR_START), "invented")
+    average = phase3.train(PHASE.run(args, tmp_path), classics)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    weights = [x["actor_mean.4.weight"] for x in (average.state_dict(), saved["agent"], saved["learner"])]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert not any(p.requires_grad for p in average.parameters())
+    assert (saved["learner"]["actor_logstd"].exp() >= 0.6 - 1e-6).all()
 
 
 def test_logprob_is_gaussian():
@@ -163,7 +219,7 @@ def test_logprob_is_gaussian():
 
 def test_training_beats_the_named_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(phase3, "EPISODES", 1024)
-    args = phase3.Args(total_timesteps=200_000, num_envs=128, num_evaluations=2, save_model=False)
+    args = phase3.Args(total_timesteps=200_000, num_envs=128, num_evaluations=2, save_model=False, start="neutral")
     market = phase3.make_market(args, model_of(args), 64, CPU)
     known = invented(makers.AVELLANEDA_STOIKOV, makers.LINEAR_START)
     phase3.train(PHASE.run(args, tmp_path), makers.assemble(market, known, "invented"))
@@ -179,7 +235,8 @@ def test_risk_neutral_benchmark_has_the_exact_best_response(run):
     assert makers.BEST_RESPONSE in content["rows"]
     criteria = {criterion["name"] for criterion in content["criteria"]}
     assert criteria == {
-        "edge within 3 % of the best response", "objective within 0.5 % of best response (exact)", "has 8,192 episodes or more",
+        "edge within 3 % of the best response", "objective within 0.5 % of best response (exact)",
+        "has 8,192 episodes or more",
     }  # fmt: skip
 
 
@@ -216,7 +273,7 @@ def test_verdict():
     failed = {criterion.name for criterion in result.criteria if not criterion.passed}
     assert failed == {
         f"beats {makers.AVELLANEDA_STOIKOV}", f"beats {makers.LINEAR_START}",
-        f"5 above {makers.AVELLANEDA_STOIKOV}", f"0.3 above {contest.best}",
+        f"5 above {makers.AVELLANEDA_STOIKOV}", f"0.3 above {contest.best}", f"P&L sd no higher than of {contest.best}",
         "has 8,192 episodes or more",
     }  # fmt: skip
     assert not result.passed
@@ -235,7 +292,7 @@ def test_verdict_on_risk_and_on_edges():
     policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.LINEAR_START: classic}
     contest = contest_of(makers.Makers(env, policies, parameters, "made up"), rash, 512)
     failed = [c.name for c in quoting.judge_quoting({}, contest, True).criteria if not c.passed]
-    assert f"P&L sd no higher than of {makers.AVELLANEDA_STOIKOV}" in failed
+    assert f"P&L sd no higher than of {contest.best}" in failed
 
     model = dynamics.GBM(0.2, 1 / 504)
     _, env, _, _ = make(512, model, num_steps=6, risk_aversion=0.0, cost_rate=0.0)
@@ -283,6 +340,11 @@ def test_resuming_meets_the_very_same_opponents(run, monkeypatch):
     def changed(*_):
         raise AssertionError("tuned anew")
 
+    def resumed(market, *multiples, known=None, origin=None):
+        assert known is not None
+        return TUNE(market, *multiples, known=known, origin=origin)
+
+    monkeypatch.setattr(phase3, "classical_makers", resumed)
     monkeypatch.setattr(makers, "tune_makers", changed)
     monkeypatch.setattr(makers, "RECORDED", Path("nowhere"))
     run("--resume", folder)

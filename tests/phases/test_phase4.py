@@ -124,6 +124,16 @@ def test_seats_go_round():
     assert own.nonzero().tolist() == [[i, i % 3] for i in range(7)]
 
 
+def test_copies_of_a_market_explore_in_opposite_pairs():
+    args, classics, agent = make(num_envs=16, copies=4)
+    noise = phase4.exploration(16, agent, args, torch.Generator().manual_seed(0))
+    assert torch.equal(noise[::2], -noise[1::2])
+    market = classics.env.env.like(16)
+    batch, _ = phase4.rollout(market, agent, agent.policy, agent.act, args, torch.Generator().manual_seed(0))
+    of_copies = batch.advantages.view(args.num_steps, 4, 4)
+    assert of_copies.mean(-1).abs().max() < 1e-5 < of_copies.std()
+
+
 def test_advantages_do_not_depend_on_the_seat():
     """Two makers alike: what the agent learns in either seat has the same distribution."""
     args, classics, agent = make(num_envs=2048)
@@ -181,7 +191,7 @@ def test_rivals_are_seen_by_the_takers_they_attract():
 def test_start_edge_and_average(tmp_path):
     args, classics, _ = make(start_edge=0.7, total_timesteps=12 * 6, average=1.0)
     agent, snapshots = phase4.train(PHASE.run(args, tmp_path), classics, {})
-    assert agent.linear_maker[0] == pytest.approx(0.7)
+    assert agent.half_spread == pytest.approx(0.7)
     (first,) = snapshots
     assert not torch.equal(snapshots[first], phase4.to_vector(agent))
     assert not any(p.requires_grad for p in agent.parameters())  # the average is no function of the past to autograd
@@ -200,7 +210,7 @@ def test_a_best_response_leaves_the_policy_as_it_is_and_is_never_worse(tmp_path)
 def test_a_best_response_exploits_a_bad_policy(tmp_path):
     changes = {"risk_aversion": 0.0, "cost_rate": 0.0, "dynamics": "gbm"}
     args, classics, agent = make(num_envs=512, total_timesteps=512 * 6 * 40, **changes)
-    agent.linear_maker[0] = 1.8  # twice what competition allows
+    agent.half_spread.fill_(1.8)  # twice what competition allows
     response = phase4.best_response(PHASE.run(args, tmp_path), classics.env.env, agent)
     observation, _ = classics.env.reset(seed=0)
     assert response.policy(observation)[:, :10].mean() < 0.9 * agent.policy(observation)[:, :10].mean()
@@ -269,14 +279,28 @@ def test_starts_must_end_alike(tmp_path, monkeypatch, capsys):
 
     def ends(slope):
         def train(args, start, seed):
-            edges = {"edge": 0.8 + slope * start, "nash": 0.8, "monopoly": 1.2, "collusion": 0.0, "exploitability": 0.0}
-            return {"passed": True, "title": "", "settings": {"competition": edges}}, curve
+            edge = 0.8 + slope * start
+            found = {"edges": edge, "nash": 0.8, "monopoly": 1.2, "collusion": 0.0, "exploitability": 0.0}
+            options = [["agent", edge, 2.0 * edge], ["Nash", 0.8, 1.6], ["monopoly", 1.2, 2.4]]
+            tables = {
+                "edges over the reference price, makers that are all the agent": [["", "ask 0", "bid 0"], options]
+            }
+            rows = {"agent": {"objective": 3.0}}
+            return {
+                "passed": True,
+                "title": "",
+                "settings": {"competition": found},
+                "rows": rows,
+                "tables": tables,
+            }, curve
 
         return train
 
     monkeypatch.setattr(selfplay_starts, "train", ends(0.01))
     assert selfplay_starts.main(["--neutral"])
-    assert "seed 3: final edges 0.87 % apart" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "seed 3: final edges 0.87 % apart" in printed
+    assert "0.8120 3.000 yes 1.35 % 1.50 %" in " ".join(printed.replace("|", " ").split())
     monkeypatch.setattr(selfplay_starts, "train", ends(0.1))
     assert not selfplay_starts.main([])
     assert (tmp_path / "runs" / "selfplay_starts-2" / "selfplay_starts.png").exists()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import wandb
-from common import PHASES, ROOT, Phase, phases, remembered
+from common import PHASES, ROOT, Phase, phases, untuned
 
 from envs.run import files
 from envs.run.errors import UsageError
@@ -42,7 +42,7 @@ SMOKES = [pytest.param("phase0", {})] + [
 
 
 @pytest.mark.parametrize(("phase", "changes"), SMOKES, indirect=["phase"])
-def test_smoke(main, tuned_once, tmp_path, phase, changes, capsys):
+def test_smoke(main, light, tmp_path, phase, changes, capsys):
     passed = main(*phase.flags(**changes))
     verdict = "BENCHMARK PASSED" if passed else "BENCHMARK FAILED"
     assert verdict in capsys.readouterr().out
@@ -83,14 +83,14 @@ def whole_and_resumed(phase: Phase, place: Path) -> Resumed:
     flags = phase.flags(iterations=24, num_evaluations=8, **few)
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(phase.module, "classical_makers"):
-            patch.setattr(phase.module, "classical_makers", remembered)
+            patch.setattr(phase.module, "classical_makers", untuned)
         patch.setattr("envs.figures.style.save", lambda figure, path: path.write_bytes(b""))
         (place / "whole").mkdir()
         patch.chdir(place / "whole")
         passed = phase.module.main(flags)
         (place / "killed").mkdir()
         patch.chdir(place / "killed")
-        kill_in_the_middle([sys.executable, str(ROOT / phase.script), *flags], place / "killed")
+        kill_in_the_middle(phase, flags, place / "killed")
         (folder,) = (place / "killed").glob("runs/*")
         assert not (folder / "benchmark.json").exists()
         assert len((folder / "metrics.csv").read_text().splitlines()) < 10
@@ -99,9 +99,23 @@ def whole_and_resumed(phase: Phase, place: Path) -> Resumed:
     return Resumed(phase, whole, folder)
 
 
-def kill_in_the_middle(command: list[str], place: Path) -> None:
-    """Runs the command in `place` and kills it after four rows of metrics, whatever it is doing."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+AS_A_PROCESS = """
+import sys
+import common
+from common import PHASES
+module = PHASES[sys.argv[1]].module
+module.classical_makers = common.untuned
+module.main(sys.argv[2:])
+"""
+
+
+def kill_in_the_middle(phase: Phase, flags: list[str], place: Path) -> None:
+    """Runs the phase in `place`, as a process, and kills it after four rows of metrics, whatever it is doing."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(ROOT / phase.script), *flags]
+    if hasattr(phase.module, "classical_makers"):
+        command = [sys.executable, "-c", AS_A_PROCESS, phase.name, *flags]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=place, env=environment, **silent)
     deadline = time.time() + 120
@@ -250,7 +264,7 @@ def test_cuda_graphs_give_the_same_results(tmp_path, phase):
 
 
 @phases("1 4", slow="0 2 3")
-def test_divergence_stops_the_run_and_names_the_last_checkpoint(tmp_path, phase, monkeypatch, capsys):
+def test_divergence_stops_the_run_and_names_the_last_checkpoint(light, tmp_path, phase, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         run_main(phase.module.main, phase.flags(learning_rate=1e30))

@@ -12,6 +12,7 @@ from envs.run.args import (
     BatchedRunArgs,
     RunArgs,
     check_choice,
+    check_copies,
     check_ppo,
     check_range,
     parse_args,
@@ -40,6 +41,8 @@ class Args(BatchedRunArgs):
     """names"""
     history: str | None = None
     """a file"""
+    days: tuple[int, ...] | None = None
+    """days"""
 
 
 def refused(args) -> str:
@@ -241,6 +244,15 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(tmp_path):
         parse_command(Args, ["--resume", str(tmp_path)], "x")
 
 
+def test_copies_of_a_market():
+    for copies, num_envs in ((1, 7), (2, 64), (6, 12)):
+        check_copies(SimpleNamespace(copies=copies, num_envs=num_envs))
+    for copies, num_envs in ((0, 8), (-2, 8), (3, 9), (6, 8)):
+        message = f"--copies is {copies} (1 or an even number, must divide --num-envs = {num_envs})"
+        with pytest.raises(UsageError, match=re.escape(message)):
+            check_copies(SimpleNamespace(copies=copies, num_envs=num_envs))
+
+
 # SAVED FLAGS
 
 
@@ -249,6 +261,8 @@ def test_saved_flags():
     assert saved_args(Args, content, "") == Args(num_envs=8, strikes=(90.0,), history="closes.csv")
     assert saved_args(Args, json.loads(json.dumps(content)), "") == saved_args(Args, content, "")
     assert saved_args(Args, {}, "") == Args()
+    assert saved_args(Args, {"days": [60, 120]}, "") == Args(days=(60, 120))  # as JSON has a tuple
+    assert saved_args(Args, {"days": None}, "") == Args()
     assert saved_args(Args, {"of an older version": 1, "seed": 3}, "") == Args(seed=3)
     assert saved_args(Args, {"strikes": [], "names": ["a", "b"]}, "") == Args(strikes=(), names=("a", "b"))
 
@@ -262,8 +276,9 @@ def test_saved_flags():
         ({"num_envs": None}, "its num_envs is a NoneType"),
         ({"track": 1}, "its track is a int"),
         ({"exp_name": 1}, "its exp_name is a int"),
-        ({"history": ["a"]}, "its history is a list"),
+        ({"history": ["a"]}, "its history is a tuple"),
         ({"history": True}, "its history is a bool"),
+        ({"days": [60, 61.5]}, "its days is a tuple"),
         ({"strikes": 90.0}, "its strikes is a float"),
         ({"strikes": (90, "b")}, "its strikes is a tuple"),
         ({"names": [1]}, "its names is a tuple"),
