@@ -362,10 +362,11 @@ def train(run: Run, classics: Makers) -> Agent:
     torch.manual_seed(args.seed)
     env = classics.env.like(args.num_envs)
     agent = Agent(env.env).to(run.device)
-    generator = run.generator(args.seed + EXPLORATION_SEED)  # of imitation, exploration and minibatches
+    generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
     observed, acted = agent.fit(env.like(2048), classics.policies[classics.imitated])
     if args.start == "classic":
-        agent.imitate(env.env, observed, acted, generator)
+        same_everywhere = torch.Generator(run.device).manual_seed(args.seed + EXPLORATION_SEED)  # in every process
+        agent.imitate(env.env, observed, acted, same_everywhere)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     # A tensor as learning rate, so that a captured update sees it change
     optimizer = torch.optim.Adam(

@@ -547,9 +547,12 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     torch.manual_seed(args.seed)
     market = classics.env.env.like(args.num_envs)
     agent = Agent(market).to(run.device)
-    generator = run.generator(args.seed + EXPLORATION_SEED)  # of imitation, exploration and minibatches
-    observed, acted = agent.fit(classics.env.like(2048), classics.policies[classics.imitated])
-    agent.imitate(market, observed, acted, generator)
+    generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
+    classic = classics.policies[classics.imitated]
+    among_itself = agent.fit(against(market.like(1024), classic), classic)
+    among_others = agent.fit(classics.env.like(1024), classic)  # whose scales count
+    same_everywhere = torch.Generator(run.device).manual_seed(args.seed + EXPLORATION_SEED)  # in every process
+    agent.imitate(market, *map(torch.cat, zip(among_itself, among_others, strict=True)), same_everywhere)
     if args.start_edge is not None:
         agent.half_spread.fill_(args.start_edge)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update

@@ -1,5 +1,7 @@
 """The environments of gymnasium's registry: numpy in and out, one episode at a time and a batch of them."""
 
+import inspect
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,11 +11,14 @@ from gymnasium.vector import AutoresetMode
 
 from envs import AgainstRivals, HedgingEnv, HedgingGymEnv, QuotingEnv, QuotingGymEnv
 from envs.baselines import makers
+from envs.gym import against_avellaneda_stoikov
 
 IDS = {
     "OptionHedging-v0": ({"num_steps": 5}, np.array([0.01, 0.02], np.float32)),
     "OptionQuoting-v0": ({"num_steps": 5}, np.array([1.0] * 5 + [0.8] * 5 + [0.0, 0.2], np.float32)),
 }  # id → settings of short episodes, an action
+DEFAULTS = inspect.signature(against_avellaneda_stoikov).parameters
+TUNED = [DEFAULTS[name].default for name in ("rival_risk_aversion", "rival_k")]
 
 
 @pytest.mark.parametrize("settings", [{}, {"options": [(95.0, 3, False), (100.0, 5)], "arrival_rate": 0.5}])
@@ -60,7 +65,7 @@ def test_gymnasium_checks_the_environment_and_stable_baselines_trains_in_it():
 
 def test_the_single_environment_is_the_batch_of_one():
     single, batch = QuotingGymEnv(num_steps=6), QuotingEnv(1, num_steps=6)
-    env = AgainstRivals(batch, [makers.avellaneda_stoikov(batch, 0.23, 0.8)])
+    env = AgainstRivals(batch, [makers.avellaneda_stoikov(batch, *TUNED)])
     one, _ = single.reset(seed=4)
     two, _ = env.reset(seed=4)
     action = IDS["OptionQuoting-v0"][1]
@@ -76,7 +81,7 @@ def batched(name: str, settings: dict) -> HedgingEnv | AgainstRivals:
     if name == "OptionHedging-v0":
         return HedgingEnv(16, **settings)
     market = QuotingEnv(16, **settings)
-    return AgainstRivals(market, [makers.avellaneda_stoikov(market, 0.23, 0.8)])
+    return AgainstRivals(market, [makers.avellaneda_stoikov(market, *TUNED)])
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -171,5 +176,7 @@ def test_rivals_are_those_that_are_asked_for():
         vector.reset(seed=0)
         return sum(vector.step(np.tile(action, (64, 1)))[4]["income"].mean() for _ in range(5))
 
-    assert income(rival_k=0.4) > income() == income(rival_risk_aversion=0.23, rival_k=0.8)  # rivals that quote wider
+    assert (
+        income(rival_k=0.4) > income() == income(rival_risk_aversion=TUNED[0], rival_k=TUNED[1])
+    )  # rivals that quote wider
     assert gym.make_vec("OptionQuoting-v0", num_envs=2, num_makers=3).single_observation_space.shape == (33,)

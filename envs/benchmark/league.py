@@ -263,7 +263,8 @@ def competition(market: QuotingEnv, policy: Policy, episodes: int = 4096) -> Com
         best += float((choice_probability(answer, rivals, *choice, *kinds) * (answer - gap) * takers).sum())
         observation, *_ = market.step(actions)
     own, nash, monopoly = earned.tolist()
-    return Competition(*(sums / weight).cpu().numpy(), (own - nash) / (monopoly - nash), best / own - 1.0)
+    gain = (best - own) / max(abs(own), 1e-9)
+    return Competition(*(sums / weight).cpu().numpy(), (own - nash) / (monopoly - nash), gain)
 
 
 def snapshots_ahead(margins: Sequence[Estimate], level: float) -> list[bool]:

@@ -89,8 +89,7 @@ class StepMoves:
         self.grid = StateGrid(env)
         nodes = len(self.grid.spot) * len(self.grid.variance)
         samples = 2 ** max(6, min(13, int(math.log2(SAMPLES / (nodes * env.num_options)))))
-        sobol = torch.quasirandom.SobolEngine(env.dynamics.noise_size, scramble=True, seed=0).draw(samples).double()
-        noise = torch.special.ndtri(sobol.clamp(1e-9, 1.0 - 1e-9)).to(self.grid.spot.device)
+        noise = _normals(samples, env.dynamics.noise_size).to(self.grid.spot.device)
         moves = [_moves_at(env, self.grid, t, noise) for t in range(env.num_steps)]
         self.exposure, self.covariance = (torch.stack(x) for x in zip(*moves, strict=True))
         self.vegas, self.gaps = _prices(env, self.grid)
@@ -99,6 +98,15 @@ class StepMoves:
     def exposure_at(self, state: QuotingState) -> Tensor:
         """`exposure` (n, O) at what a maker observes."""
         return self.grid.interpolate(self._exposure, state.step, state.spot / self.env.initial_spot, state.variance)
+
+
+def _normals(samples: int, size: int) -> Tensor:
+    """Scrambled Sobol normals (samples, size), made to have mean zero and unit covariance."""
+    sobol = torch.quasirandom.SobolEngine(size, scramble=True, seed=0).draw(samples).double()
+    normals = torch.special.ndtri(sobol.clamp(1e-9, 1.0 - 1e-9))
+    normals = normals - normals.mean(0)
+    covariance = normals.T @ normals / samples
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), normals.T, upper=False).T
 
 
 def _moves_at(env: QuotingEnv, grid: StateGrid, t: int, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +153,7 @@ def variance_transition(env: QuotingEnv, roots: Tensor, samples: int = 2048) -> 
     size = len(roots)
     if size == 1:
         return roots.new_ones(1, 1)
-    sobol = torch.quasirandom.SobolEngine(env.dynamics.noise_size, scramble=True, seed=0).draw(samples)
-    noise = torch.special.ndtri(sobol.double().clamp(1e-9, 1.0 - 1e-9)).to(roots.device)
+    noise = _normals(samples, env.dynamics.noise_size).to(roots.device)
     variance = roots.square().repeat_interleave(samples)
     now = torch.zeros_like(roots[0])
     _, after = env.dynamics.step_from(now, torch.ones_like(variance), variance, noise.repeat(size, 1))

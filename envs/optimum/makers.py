@@ -6,6 +6,8 @@ programming of Baldacci, Bergault & Guéant (2021). They know the fair values, a
 (`envs.market.moves`); they see what every maker sees.
 """
 
+import math
+
 import torch
 
 from envs.market.moves import StepMoves, variance_transition
@@ -155,7 +157,7 @@ class VegaProgramming(BestResponse):
             history.append(value)
             profit = self._profit(env, rivals[t], gaps[t], vegas[t])
             for _ in range(SUBSTEPS):
-                value, _ = vega.trade(value, x, vegas[t], profit)
+                value, _ = vega.trade(value, x, vegas[t], profit, limit=math.inf)  # linear beyond the grid
         self.x = x.to(market.dtype)
         self.roots = roots.to(market.dtype)
         self.held = torch.stack(history[::-1]).to(market.dtype)  # U (T, V, X)

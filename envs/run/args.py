@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -219,13 +219,14 @@ def saved_args(args_class: type, content, source: str):
     """
     args = args_class()
     check(isinstance(content, dict), f"{source}: does not fit this script, its arguments are not a dict")
+    lists = {field.name for field in fields(args_class) if "tuple" in str(field.type)}
     for name, default in vars(args).items():
         value = content.get(name, default)
         if isinstance(value, list):  # as JSON has a tuple
             value = tuple(value)
         fits = type(value) is type(default)
         if default is None:
-            numbers = isinstance(value, tuple) and all(type(x) is int for x in value)
+            numbers = name in lists and isinstance(value, tuple) and all(type(x) is int for x in value)
             fits = numbers or type(value) in (type(None), str, int, float)
         if fits and isinstance(default, tuple):
             fits = all(type(x) is (type(default[0]) if default else str) for x in value)

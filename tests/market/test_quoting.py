@@ -622,6 +622,29 @@ def test_bad_actions():
         make(4).step(actions)
 
 
+def test_quotes_that_cross_can_be_moved_to_the_middle():
+    env = make(16, num_makers=3)
+    env.reset(seed=0)
+    wild = 20.0 * torch.rand(16, 3, env.action_size, generator=torch.Generator().manual_seed(0)) - 10.0
+    before, after = env.by_name(wild), env.by_name(env.uncrossed(wild))
+    crossed = before["ask"] + before["bid"] < 0
+    assert 0.4 < crossed.float().mean() < 0.6
+    for name in ("ask", "bid"):
+        assert torch.equal(after[name][~crossed], before[name][~crossed])
+    for name in ("target", "band"):
+        assert torch.equal(after[name], before[name])
+    spread = after["ask"] + after["bid"]
+    assert spread.min() >= 0
+    assert spread[crossed].max() < 1e-5
+    middles = [x["ask"] - x["bid"] for x in (before, after)]
+    torch.testing.assert_close(*middles, rtol=1e-5, atol=1e-5)
+    env.step(env.uncrossed(wild))
+    actions = fixed_quotes(env, -0.4 * quoting.ROUNDING, 2.0)  # what rounding makes of a spread of zero
+    env.step(actions)
+    with pytest.raises(quoting.BadQuote, match="or the quotes cross"):
+        env.step(fixed_quotes(env, -quoting.ROUNDING))
+
+
 def test_default_market_is_model_b():
     env = QuotingEnv(1)
     assert isinstance(env.dynamics, dynamics.Heston)
