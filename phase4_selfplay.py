@@ -19,12 +19,8 @@ import torch.nn as nn
 
 from envs import AgainstRivals, QuotingEnv
 from envs.benchmark.contest import Validation
-from envs.benchmark.league import SelfplayValidation, selfplay_benchmark
+from envs.benchmark.league import LEAGUE, SelfplayValidation, selfplay_benchmark
 from envs.benchmark.makers import (
-    AVELLANEDA_STOIKOV,
-    CONSTANT_SPREAD,
-    GLFT,
-    LINEAR_START,
     Makers,
     against,
     classical_makers,
@@ -46,7 +42,6 @@ from envs.run.seeds import EXPLORATION_SEED, OPPONENT_SEED, RESPONSE_SEED, SCALE
 Tensor = torch.Tensor
 PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
-CLASSICS = (AVELLANEDA_STOIKOV, LINEAR_START, GLFT, CONSTANT_SPREAD)  # take their turns as opponents
 HIDDEN = 64  # width of the hidden layers
 IMITATION = 1500  # updates that imitate the classical maker before training
 MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
@@ -97,8 +92,8 @@ class Args(QuotingArgs, BatchedRunArgs):
     """snapshots of a --opponent pool, evenly spaced over the run so far"""
     pool_sampling: Literal["uniform", "prioritised"] = "uniform"
     """how one is chosen for an iteration: all alike, or the more often the more it earns beyond the agent"""
-    classical_share: float = 0.2
-    """share of the updates in which a classical maker, in turn, takes the other seats, so that the agent remains good
+    classical_share: float = 0.5
+    """share of the rows in which a classical maker, in turn, has the other seats, so that the agent remains good
     against makers unlike itself"""
     guests: tuple[str, ...] = ()
     """run folders or checkpoints of other runs, whose agents join the cross-play and, with --opponent pool, the pool"""
@@ -111,7 +106,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """environment steps of the whole run, over all environments"""
     num_envs: int = 64
     """environments side by side; more of them are faster, but make fewer updates of as many steps"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-4
     """learning rate of Adam"""
     anneal_share: float = 0.25
     """share of the run, its last, in which the learning rate falls linearly to zero"""
@@ -124,7 +119,9 @@ class Args(QuotingArgs, BatchedRunArgs):
     copies: int = 4
     """rows that meet the same market and explore in opposite pairs (an even number, or 1); the mean of their advantages
     is taken off as luck"""
-    num_minibatches: int = 1
+    episodes: int = 4
+    """whole episodes of every environment that an update is made from; the classical makers take their turns in them"""
+    num_minibatches: int = 4
     """minibatches an epoch; must divide num_envs × num_steps"""
     update_epochs: int = 4
     """passes over a rollout"""
@@ -152,6 +149,11 @@ class Args(QuotingArgs, BatchedRunArgs):
     """episodes of the final benchmark (with historical: all the windows there are)"""
 
     @property
+    def steps_per_iteration(self) -> int:
+        """Environment steps of all processes in one iteration."""
+        return self.episodes * super().steps_per_iteration
+
+    @property
     def trains(self) -> bool:
         """Whether this command trains anything; a best response is trained in an evaluation, too."""
         return self.evaluate is None or (self.exploitability and self.dynamics != "historical")
@@ -164,6 +166,7 @@ class Args(QuotingArgs, BatchedRunArgs):
             check_ppo(self)
             check_range(self, 0, 1, "average", "min_std", "anneal_share", open_low=True)
             check_copies(self)
+            check_range(self, 1, 1024, "episodes")
             updates = self.num_iterations
             check(1 <= self.lag <= updates, f"--lag is {self.lag} (at least 1, at most the run's {updates} updates)")
             check_range(self, 2, 4096, "pool_size")
@@ -324,18 +327,21 @@ def at(snapshot: Tensor, agent: Agent):
 
 
 class Opponents(nn.Module):
-    """The policies in the other seats: past selves of the agent, now and then a classical maker.
+    """The policies in the other seats: past selves of the agent, and in the first rows a classical maker.
 
     `snapshots` (size, …) are vectors as `to_vector` makes them. With --opponent lag they are the last `lag` iterates,
     in a ring. With pool they are the guests and then a pool that stays evenly spaced over the run, because every second
-    snapshot goes when it is full (average past play, Heinrich, Lanctot & Silver 2015). `actor` plays now.
+    snapshot goes when it is full (average past play, Heinrich, Lanctot & Silver 2015). `actor` plays now. The classical
+    makers take turns in a share of the rows of every update, not in a share of the updates: so each update is good
+    against all of them.
     """
 
     def __init__(self, args: Args, agent: Agent, guests: list[Tensor], classics: list):
         super().__init__()
         self.args = args
         self.classics = classics  # the named baseline first
-        self.turn = 0  # 0: `actor` plays; i: the i-th classic does
+        self.turn = 0  # whose turn it is among the classics
+        self.share = 1.0 if args.opponent == "baseline" else args.classical_share  # of the rows in which they play
         self.actor = copy.deepcopy(agent).requires_grad_(False)
         size = args.pool_size if args.opponent == "pool" else args.lag
         self.guests = len(guests) if args.opponent == "pool" else 0
@@ -355,15 +361,12 @@ class Opponents(nn.Module):
     @torch.no_grad()
     def advance(self, agent: Agent, iteration: int, generator: torch.Generator) -> None:
         """Chooses the opponent of this iteration (1, 2, …) and remembers the agent as it is before its update."""
-        before, turns = (math.floor(i * self.args.classical_share) for i in (iteration - 1, iteration))
-        self.turn = 1 + before % len(self.classics) if turns > before else 0
-        if self.args.opponent == "baseline":
-            self.turn = 1
-        elif self.args.opponent == "lag":
+        self.turn = (iteration - 1) * self.args.episodes % len(self.classics)
+        if self.args.opponent == "lag":
             slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
             from_vector(self.actor, self.snapshots[slot])
             self.snapshots[slot] = to_vector(agent)
-        else:
+        elif self.args.opponent == "pool":
             if (iteration - 1) % self.spacing == 0:
                 self._add(agent, iteration - 1)
             self._choose(generator)
@@ -397,12 +400,25 @@ class Opponents(nn.Module):
 
     def policy(self, observation: Tensor) -> Tensor:
         """Observation (n, size) → environment action, without exploration."""
-        return self.classics[self.turn - 1](observation) if self.turn else self.actor.policy(observation)
+        rows = self.classical_rows(len(observation))
+        played = []
+        if rows > 0:
+            played.append(self.classics[self.turn](observation[:rows]))
+        if rows < len(observation):
+            played.append(self.actor.policy(observation[rows:]))
+        return torch.cat(played)
+
+    def classical_rows(self, rows: int) -> int:
+        """The first rows, in which a classical maker plays: a share of them, in whole groups of copies."""
+        groups = self.args.num_envs // self.args.copies
+        return round(self.share * groups) * rows // groups
 
     def score(self, lead: Tensor) -> None:
-        """Learns by how much the opponent's objective was above the agent's in an iteration, lead ()."""
-        if self.args.opponent == "pool" and self.turn == 0:
-            self.scores[self.chosen] += 0.2 * (lead - self.scores[self.chosen])
+        """Learns by how much the opponents' objectives were above the agent's in an iteration, lead (num_envs,)."""
+        rows = self.classical_rows(len(lead))
+        if self.args.opponent == "pool" and rows < len(lead):
+            ahead = average_over_ranks(lead[rows:].mean())
+            self.scores[self.chosen] += 0.2 * (ahead - self.scores[self.chosen])
 
 
 # ALGO LOGIC: PPO
@@ -435,15 +451,15 @@ def rollout(
 ) -> tuple[Batch, Tensor]:
     """Plays one whole episode in every environment and estimates the agent's advantages (GAE; the end is terminal).
 
-    The agent's seat goes round from row to row, `opponent` has all others. Also returns by how much the opponent's
-    objective was above the agent's, ()."""
+    The agent's seat goes round from row to row, `opponent` has all others. Also returns by how much the opponents'
+    objectives were above the agent's, (num_envs,)."""
     n, num_makers = market.num_envs, market.num_makers
     rows = torch.arange(n, device=market.device)
     seats = rows % num_makers
     others = market.rivals[seats]  # (n, num_makers − 1)
     observation, _ = market.reset(options={"copies": args.copies})
     steps = []
-    lead = torch.zeros((), device=market.device)
+    lead = torch.zeros(n, device=market.device)
     for _ in range(market.num_steps):
         own = observation[rows, seats]
         normalised = agent.normalise(own)
@@ -458,7 +474,7 @@ def rollout(
         # expected edge, no first-order ΔW, and its expected square. The optimum is the same and there is less noise.
         reward = reward - info["noise"]
         earned = reward[rows, seats]
-        lead = lead + ((reward.sum(1) - earned) / (num_makers - 1) - earned).mean()
+        lead = lead + (reward.sum(1) - earned) / (num_makers - 1) - earned
         steps.append((normalised, action, logprob, args.reward_scale * earned, value))
     observations, actions, logprobs, rewards, values = (torch.stack(column) for column in zip(*steps, strict=True))
     advantages = torch.empty_like(rewards)
@@ -556,7 +572,7 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     if args.start_edge is not None:
         agent.half_spread.fill_(args.start_edge)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
-    known = [classics.policies[name] for name in CLASSICS]
+    known = [classics.policies[name] for name in LEAGUE if name in classics.policies]
     opponents = Opponents(args, agent, list(guests.values()), known).to(run.device)
     optimizer = make_optimizer(args, agent)
     market.generator.manual_seed(rank_seed(args.seed))
@@ -574,9 +590,13 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     def iterate(turn: int) -> Tensor:
-        opponents.turn = turn
-        batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
-        opponents.score(average_over_ranks(lead))
+        batches = []
+        for episode in range(args.episodes):
+            opponents.turn = (turn + episode) % len(known)
+            batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
+            opponents.score(lead)
+            batches.append(batch)
+        batch = Batch(*map(torch.cat, zip(*batches, strict=True)))
         losses = update(agent, optimizer, batch, loss_function, args, generator)
         follow(average, agent, args)
         return losses
@@ -615,7 +635,10 @@ def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
     validation = Validation(against(market.like(EPISODES), agent.policy), agent.policy, "the agent")
 
     def iterate() -> Tensor:
-        batch, _ = rollout(market, response, agent.policy, response.act, args, generator)
+        batches = []
+        for _ in range(args.episodes):
+            batches.append(rollout(market, response, agent.policy, response.act, args, generator)[0])
+        batch = Batch(*map(torch.cat, zip(*batches, strict=True)))
         losses = update(response, optimizer, batch, ppo_loss, args, generator)
         follow(average, response, args)
         return losses

@@ -10,6 +10,7 @@ FREE_TRADING = {"standard errors": 3.0}  # within which agent, optimum and Black
 QUOTING = {  # in phase 3's default market; objective, currency
     "above Avellaneda–Stoikov": 5.0,
     "above the strongest classic": 0.3,
+    "correlation with the smile": 0.95,  # of the quotes' middles, across strikes
 }
 QUOTING_KNOWN = {  # where nothing is risked and hedging is free
     "objective below it": 0.005,  # share of the best response's

@@ -12,7 +12,7 @@ from envs.benchmark.bars import SELFPLAY, SELFPLAY_NEUTRAL
 from envs.benchmark.contest import Contest, play, play_fresh, require_episodes
 from envs.benchmark.makers import (
     AVELLANEDA_STOIKOV,
-    CONSTANT_SPREAD,
+    GLFT_SMILE,
     LINEAR_START,
     MULTI_ASSET,
     Makers,
@@ -26,7 +26,10 @@ from envs.market.quoting import QuotingEnv
 from envs.optimum.edges import EdgeTable, best_edge, choice_probability
 from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
 
-LEAGUE = (AVELLANEDA_STOIKOV, CONSTANT_SPREAD, LINEAR_START, MULTI_ASSET)  # the classics that join the cross-play
+# The classics that agents meet in training, and that join the cross-play: two that believe in Black–Scholes, two that
+# know the model
+LEAGUE = (AVELLANEDA_STOIKOV, LINEAR_START, GLFT_SMILE, MULTI_ASSET)
+LEAGUE_EPISODES = 4096  # of each match of the cross-play
 
 
 @dataclass
@@ -322,7 +325,7 @@ def selfplay_benchmark(
     contest = quoting_contest(title, classics, agent, make_market, model, episodes)
     market = classics.env.env
     rivals = {name: classics.policies[name] for name in LEAGUE if name in classics.policies}
-    league = cross_play(market, {**past, "agent": agent, **rivals}, episodes)
+    league = cross_play(market, {**past, "agent": agent, **rivals}, min(episodes, LEAGUE_EPISODES))
     exploited = None if response is None else exploitability(market, agent, response, episodes)
     compete = competition(market, agent)
     snapshots = [name for name in past if name.startswith("step ")]

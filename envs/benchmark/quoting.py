@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from envs.benchmark.bars import QUOTING, QUOTING_KNOWN
@@ -19,7 +20,7 @@ from envs.benchmark.report import Benchmark, Episodes, Estimate, compare, relati
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import Policy
 from envs.market.history import Historical
-from envs.market.quoting import AgainstRivals, QuotingEnv
+from envs.market.quoting import ASK, AgainstRivals, QuotingEnv
 from envs.optimum.edges import best_edge
 from envs.optimum.makers import BestResponse
 from envs.run.seeds import BENCHMARK_SEED
@@ -134,6 +135,28 @@ def edge_error(env: AgainstRivals, policy: Policy) -> float:
     return total / env.num_steps
 
 
+@torch.no_grad()
+def learnt_smile(env: AgainstRivals, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
+    """Middles of the quotes without inventory at the start of an episode, and fair values, over the reference prices.
+
+    Both (num_options,), vol points.
+    """
+    still = env.standing_still(1)
+    action = env.env.by_name(policy(still.observe_at(0)))
+    middle = 0.5 * (action["ask"] - action["bid"])[0]
+    return middle.double().cpu().numpy(), still.env.gap[0, 0, ASK].double().cpu().numpy()
+
+
+def require_smile(result: Benchmark, env: AgainstRivals, policy: Policy, bar: float) -> None:
+    """Adds the criterion that the quotes follow the fair values: correlated, and between them and the reference."""
+    middle, fair = learnt_smile(env, policy)
+    correlation = float(np.corrcoef(middle, fair)[0, 1])
+    share = middle / fair  # of the way from the reference price to the fair value
+    within = bool(((share >= 0) & (share <= 1)).all())
+    detail = f"correlation {correlation:.3f}, {share.min():.2f} to {share.max():.2f} of the way to the fair values"
+    result.require(f"quotes follow the smile (correlation {bar:g}, between)", correlation >= bar and within, detail)
+
+
 def compare_makers(settings: dict, contest: Contest, bars: dict) -> tuple[Benchmark, dict[str, Estimate]]:
     """The benchmark of a maker before its verdict, and its gains over the named baseline, as shares of that."""
     agent = contest.played["agent"]
@@ -188,6 +211,7 @@ def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Ben
             if name in contest.played:
                 result.require_advantage(name)
     if default_market:
+        require_smile(result, contest.env, contest.policies["agent"], bars["correlation with the smile"])
         require_margin(result, AVELLANEDA_STOIKOV, bars["above Avellaneda–Stoikov"])
         require_margin(result, contest.best, bars["above the strongest classic"])
         own = result.rows["agent"]["pnl_sd"]
