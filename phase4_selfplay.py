@@ -554,6 +554,20 @@ def anneal(optimizer, args: Args, iteration: int) -> None:
     optimizer.param_groups[0]["lr"].fill_(args.learning_rate * min(1.0, left / args.anneal_share))
 
 
+def starting_agent(run: Run, classics: Makers, market: QuotingEnv) -> Agent:
+    """The agent before training: an imitation of the strongest classical maker, against others and among itself."""
+    args: Args = run.args
+    agent = Agent(market).to(run.device)
+    classic = classics.policies[classics.imitated]
+    among_itself = agent.fit(against(market.like(1024), classic), classic)
+    against_others = agent.fit(classics.env.like(1024), classic)  # whose scales count
+    same_everywhere = torch.Generator(run.device).manual_seed(args.seed + EXPLORATION_SEED)  # in every process
+    agent.imitate(market, *map(torch.cat, zip(among_itself, against_others, strict=True)), same_everywhere)
+    if args.start_edge is not None:
+        agent.half_spread.fill_(args.start_edge)
+    return agent
+
+
 def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent, dict[str, Tensor]]:
     """Trains by self-play, from scratch or from where `run` resumes.
 
@@ -562,19 +576,12 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     args: Args = run.args
     torch.manual_seed(args.seed)
     market = classics.env.env.like(args.num_envs)
-    agent = Agent(market).to(run.device)
-    generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
-    classic = classics.policies[classics.imitated]
-    among_itself = agent.fit(against(market.like(1024), classic), classic)
-    among_others = agent.fit(classics.env.like(1024), classic)  # whose scales count
-    same_everywhere = torch.Generator(run.device).manual_seed(args.seed + EXPLORATION_SEED)  # in every process
-    agent.imitate(market, *map(torch.cat, zip(among_itself, among_others, strict=True)), same_everywhere)
-    if args.start_edge is not None:
-        agent.half_spread.fill_(args.start_edge)
+    agent = starting_agent(run, classics, market)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     known = [classics.policies[name] for name in LEAGUE if name in classics.policies]
     opponents = Opponents(args, agent, list(guests.values()), known).to(run.device)
     optimizer = make_optimizer(args, agent)
+    generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
     market.generator.manual_seed(rank_seed(args.seed))
     pool_generator = torch.Generator(run.device).manual_seed(args.seed + OPPONENT_SEED)  # the same in every process
     snapshots = {"step 0": to_vector(agent)}

@@ -229,6 +229,6 @@ def assemble(market: QuotingEnv, parameters: Mapping[str, Sequence[float]], orig
     """The makers with these parameters, the rival's among them, in this market."""
     parameters = {name: tuple(values) for name, values in parameters.items()}
     env = against_rival(market, parameters[RIVAL])
-    moves = StepMoves(market)
+    moves = StepMoves(market) if set(KNOWING) & parameters.keys() else None
     policies = {name: classical_maker(name, env, values, moves) for name, values in parameters.items() if name != RIVAL}
     return Makers(env, policies, parameters, origin)

@@ -34,6 +34,7 @@ from envs.optimum.makers import BestResponse, MultiAsset, VegaProgramming
 from envs.run.run import Run
 
 META = torch.device("meta")
+CLASSICS = (makers.AVELLANEDA_STOIKOV, makers.LINEAR_START)  # who know no moves of options
 
 
 def calibrated(dt: float) -> marlvol.Marlvol:
@@ -96,9 +97,9 @@ def sgd(agent):
 
 def classics_of(market: QuotingEnv) -> makers.Makers:
     """The makers that take turns as opponents; they know no moves, which are measured before training."""
-    parameters = invented(*phase4.CLASSICS)
+    parameters = invented(*CLASSICS)
     env = makers.against_rival(market, parameters[makers.RIVAL])
-    policies = {name: makers.classical_maker(name, env, parameters[name], None) for name in phase4.CLASSICS}
+    policies = {name: makers.classical_maker(name, env, parameters[name], None) for name in CLASSICS}
     return makers.Makers(env, policies, parameters, "invented")
 
 
@@ -162,10 +163,10 @@ def selfplay_iteration(model):
     args = phase4.Args(num_envs=8, num_steps=2, num_minibatches=1)
     market = on_meta(phase4.make_market(args, model, 8, CPU))
     agent, generator, classics = phase4.Agent(market).to(META), MetaGenerator(), classics_of(market)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[name] for name in phase4.CLASSICS]).to(META)
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[name] for name in CLASSICS]).to(META)
 
     def iterate():
-        for opponents.turn in range(1 + len(phase4.CLASSICS)):
+        for opponents.turn in range(len(CLASSICS)):
             batch, lead = phase4.rollout(market, agent, opponents.policy, agent.act, args, generator)
             opponents.score(lead)
         phase4.update(agent, sgd(agent), batch, phase4.ppo_loss, args, generator)

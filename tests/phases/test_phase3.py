@@ -274,7 +274,7 @@ def test_verdict():
     assert failed == {
         f"beats {makers.AVELLANEDA_STOIKOV}", f"beats {makers.LINEAR_START}",
         f"5 above {makers.AVELLANEDA_STOIKOV}", f"0.3 above {contest.best}", f"P&L sd no higher than of {contest.best}",
-        "has 8,192 episodes or more",
+        "has 8,192 episodes or more", "quotes follow the smile (correlation 0.95, between)",
     }  # fmt: skip
     assert not result.passed
     assert result.advantages[makers.AVELLANEDA_STOIKOV].mean == 0

@@ -22,13 +22,14 @@ from envs.run.errors import UsageError
 from envs.run.run import Run
 
 PHASE = PHASES["phase4"]
+CLASSICS = (makers.AVELLANEDA_STOIKOV, makers.LINEAR_START)  # who know no moves of options, which take time to measure
 
 
 def make(num_envs=12, **changes):
     """Flags, the classical makers of a market, and an agent that nobody has trained."""
-    args = PHASE.args(**{"num_envs": num_envs, **changes})
+    args = PHASE.args(**{"num_envs": num_envs, "episodes": 1, **changes})
     market = phase4.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS), 64, CPU)
-    classics = makers.assemble(market, invented(*phase4.CLASSICS), "invented")
+    classics = makers.assemble(market, invented(*CLASSICS), "invented")
     torch.manual_seed(args.seed)
     agent = phase4.Agent(market)
     agent.fit(classics.env.like(64), classics.policies[makers.LINEAR_START])
@@ -71,8 +72,8 @@ def test_a_snapshot_is_the_whole_agent():
 
 @pytest.mark.parametrize("lag", [1, 3])
 def test_the_opponent_is_lag_updates_behind(lag):
-    args, _, agent = make(opponent="lag", lag=lag, classical_share=0.0)
-    opponents = phase4.Opponents(args, marked(agent, 0.0), [], [])
+    args, classics, agent = make(opponent="lag", lag=lag, classical_share=0.0)
+    opponents = phase4.Opponents(args, marked(agent, 0.0), [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
     played = []
     for iteration in range(1, 9):
         opponents.advance(agent, iteration, None)
@@ -108,7 +109,7 @@ def test_prioritised_sampling_meets_the_strong_more_often():
     for _ in range(300):
         opponents.advance(agent, 4, generator)
         met.append(number(opponents.actor))
-        opponents.score(torch.tensor(0.1 if met[-1] == 2.0 else -0.1))
+        opponents.score(torch.full((args.num_envs,), 0.1 if met[-1] == 2.0 else -0.1))
     assert set(met) == {1.0, 2.0, 3.0}
     assert met[100:].count(2.0) > 2 * max(met[100:].count(1.0), met[100:].count(3.0))
 
@@ -143,7 +144,7 @@ def test_advantages_do_not_depend_on_the_seat():
     returns = batch.returns.view(args.num_steps, -1)[0]
     difference = returns[::2].mean() - returns[1::2].mean()
     assert abs(difference) < 4 * returns.std() * (4 / 2048) ** 0.5
-    assert lead > 0  # exploration costs something
+    assert lead.mean() > 0  # exploration costs something
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_a_best_response_leaves_the_policy_as_it_is_and_is_never_worse(tmp_path)
 
 def test_a_best_response_exploits_a_bad_policy(tmp_path):
     changes = {"risk_aversion": 0.0, "cost_rate": 0.0, "dynamics": "gbm"}
-    args, classics, agent = make(num_envs=512, total_timesteps=512 * 6 * 40, **changes)
+    args, classics, agent = make(num_envs=512, total_timesteps=512 * 6 * 40, learning_rate=2e-3, **changes)
     agent.half_spread.fill_(1.8)  # twice what competition allows
     response = phase4.best_response(PHASE.run(args, tmp_path), classics.env.env, agent)
     observation, _ = classics.env.reset(seed=0)
@@ -247,28 +248,31 @@ def test_the_classical_maker_as_opponent_is_phase3s_rival():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_the_share_of_classical_turns_is_what_was_asked_for(share):
-    args, classics, agent = make(classical_share=share)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
-    turns = 0
-    for iteration in range(1, 101):
-        opponents.advance(agent, iteration, None)
-        turns += opponents.turn
-    assert turns == pytest.approx(100 * share, abs=1)
+def test_the_share_of_rows_with_a_classical_maker_is_what_was_asked_for(share):
+    args, classics, agent = make(num_envs=400, num_makers=3, classical_share=share)
+    classic = classics.policies[makers.AVELLANEDA_STOIKOV]
+    opponents = phase4.Opponents(args, agent, [], [classic])
+    opponents.advance(agent, 1, None)
+    observation, _ = classics.env.like(800).reset(seed=0)  # of two other seats in each of 400 rows
+    rows = round(800 * share)
+    assert opponents.classical_rows(800) == rows
+    played = opponents.policy(observation)
+    torch.testing.assert_close(played[:rows], classic(observation)[:rows])
+    torch.testing.assert_close(played[rows:], opponents.actor.policy(observation)[rows:])
 
 
 def test_classical_makers_take_their_turns():
     args, classics, agent = make(classical_share=0.5)
-    known = [classics.policies[makers.AVELLANEDA_STOIKOV], classics.policies[makers.GLFT]]
+    known = [classics.policies[name] for name in (*CLASSICS, makers.AVELLANEDA_STOIKOV)]
     opponents = phase4.Opponents(args, agent, [], known)
-    observation, _ = classics.env.reset(seed=0)
     turns = []
-    for iteration in range(1, 9):
+    for iteration in range(1, 7):
         opponents.advance(agent, iteration, None)
         turns.append(opponents.turn)
-        expected = known[opponents.turn - 1] if opponents.turn else opponents.actor.policy
-        assert torch.equal(opponents.policy(observation), expected(observation))
-    assert turns == [0, 1, 0, 2, 0, 1, 0, 2]
+    assert turns == [0, 1, 2, 0, 1, 2]
+    observation, _ = classics.env.like(12).reset(seed=0)
+    for opponents.turn, classic in enumerate(known):
+        torch.testing.assert_close(opponents.policy(observation)[:6], classic(observation[:6]))
 
 
 def test_starts_must_end_alike(tmp_path, monkeypatch, capsys):
