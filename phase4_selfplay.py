@@ -92,7 +92,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """snapshots of a --opponent pool, evenly spaced over the run so far"""
     pool_sampling: Literal["uniform", "prioritised"] = "uniform"
     """how one is chosen for an iteration: all alike, or the more often the more it earns beyond the agent"""
-    classical_share: float = 0.5
+    classical_share: float = 0.25
     """share of the rows in which a classical maker, in turn, has the other seats, so that the agent remains good
     against makers unlike itself"""
     guests: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """environment steps of the whole run, over all environments"""
     num_envs: int = 64
     """environments side by side; more of them are faster, but make fewer updates of as many steps"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     """learning rate of Adam"""
     anneal_share: float = 0.25
     """share of the run, its last, in which the learning rate falls linearly to zero"""

@@ -219,15 +219,15 @@ PHASES = {
         {**EPISODES, "tuning_episodes": 64},
         QUOTING_FIGURES | {"rival_sweep.png", "rival_sweep.json"},
         MAKERS,
-        1.5e-3,
+        7e-4,
     ),
     "phase4": Phase(
         phase4,
         {"num_envs": 64, "num_steps": 6},
-        {**EPISODES, "tuning_episodes": 64, "num_minibatches": 2},
+        {**EPISODES, "tuning_episodes": 64, "num_minibatches": 2, "episodes": 1},
         QUOTING_FIGURES | SELFPLAY_FILES,
         MAKERS,
-        2e-3,
+        5e-4,
     ),
 }
 MARKET_PHASES = [name for name in PHASES if name != "phase0"]  # those that trade in a market

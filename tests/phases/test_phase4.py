@@ -27,7 +27,7 @@ CLASSICS = (makers.AVELLANEDA_STOIKOV, makers.LINEAR_START)  # who know no moves
 
 def make(num_envs=12, **changes):
     """Flags, the classical makers of a market, and an agent that nobody has trained."""
-    args = PHASE.args(**{"num_envs": num_envs, "episodes": 1, **changes})
+    args = PHASE.args(**{"num_envs": num_envs, **changes})
     market = phase4.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS), 64, CPU)
     classics = makers.assemble(market, invented(*CLASSICS), "invented")
     torch.manual_seed(args.seed)
