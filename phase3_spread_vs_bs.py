@@ -1,9 +1,9 @@
 """Phase 3: quote bid and ask against an Avellaneda–Stoikov maker and hedge the book, learned with PPO.
 
 Makers of European options quote, takers choose among them or walk away, and every maker hedges the delta of its book at
-a cost. The agent sets its half-spread, its skew, the delta it wants to be left with and a no-trade band around it; its
-rival is the classical answer, tuned. The algorithm is CleanRL's PPO with GAE, batched: a rollout is one whole episode
-of every environment. All the finance is in envs/. Copy this file, change thirty lines, run it.
+a cost. The agent sets an ask and a bid for every option, the delta it wants to be left with and a no-trade band around
+it; its rival is the classical answer, tuned. The algorithm is CleanRL's PPO with GAE, batched: a rollout is one whole
+episode of every environment. All the finance is in envs/. Copy this file, change thirty lines, run it.
 """
 
 import copy
@@ -45,18 +45,20 @@ QUICK = {"total_timesteps": 500_000, "num_envs": 256, "eval_episodes": 4096, "nu
 class Args(QuotingArgs, BatchedRunArgs):
     """Phase 3: train a PPO agent to make markets in options against a Black–Scholes maker, then benchmark it.
 
-    Two makers (or more) quote five calls of one expiry, twice a trading day; takers arrive at random, with persistent
-    order flow, and pick a maker or walk away. The agent sets half-spread and skew in vol points and hedges its delta at
-    a cost; the others quote by Avellaneda–Stoikov around Black–Scholes, tuned. At the end the agent is compared with
-    that maker in the same seat, with the same takers, and with GLFT quotes, a minimum-variance delta and a no-trade
-    band, all tuned; under gbm also with dynamic programming, and with the exact optimum, the best response, where
-    nothing is risked and hedging is free. Exit code 0: benchmark passed; 1: failed; 2: bad input; 3: diverged; 130:
-    Ctrl-C. Everything is written to runs/<run name>/.
+    Two makers (or more) quote five options of one expiry, twice a trading day; takers arrive at random, with persistent
+    order flow, and pick a maker or walk away; some of them know the fair values. The agent sets an ask and a bid for
+    every option, in vol points from Black–Scholes, and hedges its delta at a cost; the others quote by
+    Avellaneda–Stoikov around Black–Scholes, tuned. At the end the agent is compared with that maker in the same seat,
+    with the same takers, and with makers that know the model and its smile, all tuned; where nothing is risked and
+    hedging is free, with the exact optimum, the best response. Exit code 0: benchmark passed; 1: failed; 2: bad input;
+    3: diverged; 130: Ctrl-C. Everything is written to runs/<run name>/.
 
     Commands to start from:
 
       python phase3_spread_vs_bs.py                         Heston's stochastic volatility
       python phase3_spread_vs_bs.py --dynamics garch        or gbm, merton
+      python phase3_spread_vs_bs.py --informed-share 0.5    more takers who know the fair values
+      python phase3_spread_vs_bs.py --expiries 60 90 120 180
       python phase3_spread_vs_bs.py --resume runs/NAME      go on where a run stopped
       python phase3_spread_vs_bs.py --evaluate runs/NAME --dynamics merton
       python phase3_spread_vs_bs.py --evaluate runs/NAME --rival-spread 0.7
@@ -64,7 +66,7 @@ class Args(QuotingArgs, BatchedRunArgs):
 
     Where the answer is known exactly, without risk aversion and cost:
 
-      python phase3_spread_vs_bs.py --dynamics gbm --risk-aversion 0 --cost-rate 0
+      python phase3_spread_vs_bs.py --risk-aversion 0 --cost-rate 0
     """
 
     exp_name: str = Path(__file__).stem
@@ -199,10 +201,10 @@ class Agent(nn.Module):
         action = env.env.by_name(acted)
         self.half_spread.copy_(0.5 * (action["ask"] + action["bid"]).clamp(max=MOST).mean())
         self.band.copy_(action["band"].mean().clamp(0.01, 1.0))
-        seen = observed
-        self.observation_mean.copy_(seen.mean(0))
+        self.observation_mean.copy_(observed.mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market, where it does.
-        self.observation_std.copy_(torch.where(seen.std(0) < 1e-2, 1.0, seen.std(0)))
+        std = observed.std(0)
+        self.observation_std.copy_(torch.where(std < 1e-2, 1.0, std))
         return observed, acted
 
     def imitate(self, market: QuotingEnv, observed: Tensor, acted: Tensor, generator: torch.Generator) -> None:

@@ -52,14 +52,14 @@ QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8
 class Args(QuotingArgs, BatchedRunArgs):
     """Phase 4: train makers of options by self-play, so that they anticipate each other, then benchmark them.
 
-    Two makers (or more) quote five calls of one expiry, twice a trading day; takers arrive at random, with persistent
-    order flow, and pick a maker or walk away. The agent sets half-spread and skew in vol points and hedges its delta at
-    a cost; so do its opponents, which are its own past selves. At the end it is compared with the classical maker,
-    Black–Scholes with Avellaneda–Stoikov quotes, tuned, in the same seat with the same takers; snapshots of the run and
-    the classical makers play each other; a best response is trained against it, to see what it leaves on the table; and
-    where nothing is risked and hedging is free, its edge is set beside the exact optimum, the Nash equilibrium's, and
-    the monopoly's. Exit code 0: benchmark passed; 1: failed; 2: bad input; 3: diverged; 130: Ctrl-C. Everything is
-    written to runs/<run name>/.
+    Two makers (or more) quote five options of one expiry, twice a trading day; takers arrive at random, with persistent
+    order flow, and pick a maker or walk away; some of them know the fair values. The agent sets an ask and a bid for
+    every option, in vol points from Black–Scholes, and hedges its delta at a cost; so do its opponents, which are its
+    own past selves. At the end it is compared with the classical maker, Black–Scholes with Avellaneda–Stoikov quotes,
+    tuned, in the same seat with the same takers; snapshots of the run and the classical makers play each other; a best
+    response is trained against it, to see what it leaves on the table; and where nothing is risked and hedging is free,
+    its edge is set beside the exact optimum, the Nash equilibrium's, and the monopoly's. Exit code 0: benchmark passed;
+    1: failed; 2: bad input; 3: diverged; 130: Ctrl-C. Everything is written to runs/<run name>/.
 
     Commands to start from:
 

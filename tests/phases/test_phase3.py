@@ -367,7 +367,7 @@ def test_relative_gain():
 
 
 @pytest.mark.parametrize(
-    "name", ["heston", "gbm", *(pytest.param(x, marks=pytest.mark.slow) for x in ("garch", "merton"))]
+    "name", ["heston", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gbm", "garch", "merton"))]
 )
 def test_recorded_parameters_are_those_of_the_default_market(name):
     args = phase3.Args(dynamics=name)
