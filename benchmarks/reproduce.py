@@ -37,11 +37,11 @@ from as_user import ROOT, run_phase  # puts the root of the project on the path,
 
 from envs.benchmark.makers import (
     AS_SMILE,
+    BELIEVER_BAND,
     BEST_RESPONSE,
     CONSTANT_SPREAD,
     GLFT,
     GLFT_SMILE,
-    LINEAR_START,
     MULTI_ASSET,
     VEGA_DP,
 )
@@ -219,7 +219,7 @@ CLASSICS = {  # the makers of phases 3 and 4: name → label
     AS: "Avellaneda–Stoikov",
     CONSTANT_SPREAD: "constant spread",
     GLFT: "GLFT",
-    LINEAR_START: "GLFT, minimum-variance delta, band",
+    BELIEVER_BAND: "GLFT, minimum-variance delta, band",
     AS_SMILE: "Avellaneda–Stoikov with the smile",
     GLFT_SMILE: "GLFT with the smile",
     MULTI_ASSET: "multi-asset closed form",
@@ -288,7 +288,7 @@ MARLVOL = (
 )
 MAKERS_HEADER = ("seed 1", "agent − Avellaneda–Stoikov", "agent − GLFT, minimum-variance delta, band",
                  "agent − strongest classic", "the strongest classic")
-MAKERS = (over(AS, ".3f"), over(LINEAR_START, ".3f"), "{strongest[advantage]:.3f}", "{strongest[label]}")
+MAKERS = (over(AS, ".3f"), over(BELIEVER_BAND, ".3f"), "{strongest[advantage]:.3f}", "{strongest[label]}")
 MAKER_MARKETS = (
     ("trained and evaluated in garch", "phase3-garch", MAKERS),
     ("trained and evaluated in merton", "phase3-merton", MAKERS),

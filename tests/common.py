@@ -74,7 +74,7 @@ INVENTED = {  # parameters of every classical maker that nobody has tuned
     makers.AVELLANEDA_STOIKOV: (0.25, 0.8),
     makers.CONSTANT_SPREAD: (2.0,),
     makers.GLFT: (1.2, 0.8),
-    makers.LINEAR_START: (1.2, 0.8, 0.15),
+    makers.BELIEVER_BAND: (1.2, 0.8, 0.15),
     makers.AS_SMILE: (0.25, 0.8, 0.6, 0.1),
     makers.GLFT_SMILE: (1.2, 0.8, 0.4, 0.2),
     makers.MULTI_ASSET: (3.0, 1.1, 0.8, 0.15),

@@ -12,8 +12,8 @@ from envs.benchmark.bars import SELFPLAY, SELFPLAY_NEUTRAL
 from envs.benchmark.contest import Contest, play, play_fresh, require_episodes
 from envs.benchmark.makers import (
     AVELLANEDA_STOIKOV,
+    BELIEVER_BAND,
     GLFT_SMILE,
-    LINEAR_START,
     MULTI_ASSET,
     Makers,
     against,
@@ -28,7 +28,7 @@ from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
 
 # The classics that agents meet in training, and that join the cross-play: two that believe in Black–Scholes, two that
 # know the model
-LEAGUE = (AVELLANEDA_STOIKOV, LINEAR_START, GLFT_SMILE, MULTI_ASSET)
+LEAGUE = (AVELLANEDA_STOIKOV, BELIEVER_BAND, GLFT_SMILE, MULTI_ASSET)
 LEAGUE_EPISODES = 4096  # of each match of the cross-play
 
 

@@ -16,7 +16,7 @@ from envs.run.seeds import TUNING_SEED
 
 AVELLANEDA_STOIKOV = "Avellaneda–Stoikov, tuned"  # the baseline that the user named, hedged at the Black–Scholes delta
 CONSTANT_SPREAD, GLFT = "constant spread, tuned", "GLFT, tuned"
-LINEAR_START = "GLFT, min-variance band, tuned"  # the strongest that believes in Black–Scholes: the agent starts there
+BELIEVER_BAND = "GLFT, min-variance band, tuned"  # the strongest that believes in Black–Scholes
 AS_SMILE = "Avellaneda–Stoikov with the smile, tuned"
 GLFT_SMILE = "GLFT with the smile, tuned"
 MULTI_ASSET = "multi-asset closed form, tuned"
@@ -41,7 +41,7 @@ def classical_maker(name: str, env: AgainstRivals, parameters: Sequence[float], 
         return formulas.constant_spread(market, *parameters)
     if name == GLFT:
         return formulas.glft(market, *parameters)
-    if name == LINEAR_START:
+    if name == BELIEVER_BAND:
         return formulas.minimum_variance_band(market, formulas.glft(market, *parameters[:2]), parameters[2])
     risk_aversion, other, share, band = parameters
     if name == AS_SMILE:
@@ -115,7 +115,7 @@ def _settled(name: str, market: QuotingEnv) -> dict[int, float]:
     Without risk aversion nothing is hedged that costs anything, and where hedging is free there is no band.
     """
     found = {}
-    places = {AVELLANEDA_STOIKOV: 2, CONSTANT_SPREAD: 1, GLFT: 2, LINEAR_START: 3}.get(name, 4)
+    places = {AVELLANEDA_STOIKOV: 2, CONSTANT_SPREAD: 1, GLFT: 2, BELIEVER_BAND: 3}.get(name, 4)
     if market.risk_aversion == 0 and name != CONSTANT_SPREAD:
         found[0] = RISK_NEUTRAL
     if places > 2 and (market.risk_aversion == 0 or market.cost_rate == 0):
@@ -164,7 +164,7 @@ def tune_makers(market: QuotingEnv, start: tuple[float, float], rival: tuple[flo
         AVELLANEDA_STOIKOV: _tune(AVELLANEDA_STOIKOV, env, start, globally=True),
     }
     found[GLFT] = _tune(GLFT, env, (5.0 * start[0], start[1]), globally=True)
-    found[LINEAR_START] = _tune(LINEAR_START, env, (*found[GLFT], 0.15))
+    found[BELIEVER_BAND] = _tune(BELIEVER_BAND, env, (*found[GLFT], 0.15))
     moves = StepMoves(market)
     found[AS_SMILE] = _tune(AS_SMILE, env, (*found[AVELLANEDA_STOIKOV], 0.5, 0.15), moves)
     found[GLFT_SMILE] = _tune(GLFT_SMILE, env, (*found[GLFT], 0.5, 0.15), moves)

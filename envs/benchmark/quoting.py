@@ -9,9 +9,9 @@ from envs.benchmark.bars import QUOTING, QUOTING_KNOWN
 from envs.benchmark.contest import Contest, Validation, play, play_fresh, real_closes, require_episodes
 from envs.benchmark.makers import (
     AVELLANEDA_STOIKOV,
+    BELIEVER_BAND,
     BEST_RESPONSE,
     KNOWING,
-    LINEAR_START,
     RIVAL,
     Makers,
     against_rival,
@@ -223,7 +223,7 @@ def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Ben
 
 def rival_sweep(
     contest: Contest,
-    names: Sequence[str] = ("agent", AVELLANEDA_STOIKOV, LINEAR_START, *KNOWING),
+    names: Sequence[str] = ("agent", AVELLANEDA_STOIKOV, BELIEVER_BAND, *KNOWING),
     episodes: int = 1024,
 ) -> dict[str, dict[float, dict[str, float]]]:
     """Objectives against other rivals than the agent was trained against: multiples of their spread and risk aversion.

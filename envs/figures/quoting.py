@@ -13,11 +13,11 @@ from envs.benchmark.contest import Contest
 from envs.benchmark.makers import (
     AS_SMILE,
     AVELLANEDA_STOIKOV,
+    BELIEVER_BAND,
     BEST_RESPONSE,
     CONSTANT_SPREAD,
     GLFT,
     GLFT_SMILE,
-    LINEAR_START,
     MULTI_ASSET,
     VEGA_DP,
 )
@@ -33,7 +33,7 @@ Colours = Mapping[str, str]  # contestant → colour
 LIGHT_RED, LIGHT_GREEN = "#e08b7c", "#74bd8d"
 LOOKS = {  # contestants of the sweeps → colour, marker and line
     "that believe in Black–Scholes": {
-        AVELLANEDA_STOIKOV: (BASELINE, "s-"), LINEAR_START: (LIGHT_RED, "^--"), GLFT: (LIGHT_RED, "v:"),
+        AVELLANEDA_STOIKOV: (BASELINE, "s-"), BELIEVER_BAND: (LIGHT_RED, "^--"), GLFT: (LIGHT_RED, "v:"),
         CONSTANT_SPREAD: (LIGHT_RED, "x-."),
     },
     "that know the fair values": {
@@ -51,7 +51,7 @@ def quoting_report(folder: Path, contest: Contest) -> None:
     """
     title = contest.title
     best = contest.best
-    colours = {AVELLANEDA_STOIKOV: BASELINE, GLFT: OTHER, LINEAR_START: OTHER}
+    colours = {AVELLANEDA_STOIKOV: BASELINE, GLFT: OTHER, BELIEVER_BAND: OTHER}
     colours = {name: colour for name, colour in colours.items() if name in contest.policies and name != best}
     colours[best] = OPTIMUM  # the last
     curve = read_metrics(folder / "metrics.csv")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from envs.benchmark.contest import Contest
 from envs.benchmark.league import Competition, CrossPlay
-from envs.benchmark.makers import AVELLANEDA_STOIKOV, LINEAR_START
+from envs.benchmark.makers import AVELLANEDA_STOIKOV, BELIEVER_BAND
 from envs.figures import style
 from envs.figures.quoting import option_names, quoting_episode, quoting_report
 from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
@@ -168,7 +168,7 @@ def _snapshot_panel(axis: Axes, league: CrossPlay, num_makers: int) -> None:
     names = league.names
     snapshots = [name for name in names if name.startswith("step ")] + ["agent"]
     rows = [names.index(name) for name in snapshots]
-    styles = {AVELLANEDA_STOIKOV: (BASELINE, "s--"), LINEAR_START: (OTHER, "^:"), "agent": (AGENT, "o-")}
+    styles = {AVELLANEDA_STOIKOV: (BASELINE, "s--"), BELIEVER_BAND: (OTHER, "^:"), "agent": (AGENT, "o-")}
     for name, (colour, line) in styles.items():
         if name not in names:
             continue

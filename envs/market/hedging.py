@@ -39,6 +39,13 @@ class Option(NamedTuple):
     is_call: bool = True
 
 
+def check_increasing(**values: Sequence[float]) -> None:
+    """Raises ValueError for the first of the named lists that is empty or not increasing."""
+    for name, numbers in values.items():
+        if len(numbers) == 0 or any(a >= b for a, b in pairwise(numbers)):
+            raise ValueError(f"{name} are {', '.join(f'{x:g}' for x in numbers) or 'none'} (one or more, increasing)")
+
+
 def option_grid(strikes: Sequence[float], expiries: Sequence[int], spot: float = 100.0) -> list[Option]:
     """One option for every strike and expiry, the one out of the money: puts below the spot, calls from there up.
 
@@ -51,9 +58,7 @@ def option_grid(strikes: Sequence[float], expiries: Sequence[int], spot: float =
     Raises:
         ValueError: strikes or expiries empty or not increasing.
     """
-    for name, values in (("strikes", strikes), ("expiries", expiries)):
-        if len(values) == 0 or any(a >= b for a, b in pairwise(values)):
-            raise ValueError(f"{name} are {', '.join(f'{x:g}' for x in values) or 'none'} (one or more, increasing)")
+    check_increasing(strikes=strikes, expiries=expiries)
     return [Option(float(strike), expiry, strike >= spot) for expiry in expiries for strike in strikes]
 
 

@@ -31,7 +31,7 @@ from envs.market.black_scholes import normal_cdf
 from envs.market.dynamics import Dynamics, Heston, draw_noise
 from envs.market.env import MarketEnv, Part
 from envs.market.fair import known_premium_table
-from envs.market.hedging import Option, Policy, nearest_in_band
+from envs.market.hedging import Option, Policy, check_increasing, nearest_in_band
 from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY, VOL_POINT
 
 Tensor = torch.Tensor
@@ -71,9 +71,7 @@ def moneyness_grid(moneyness: Sequence[float], expiries: Sequence[int], dt: floa
     Raises:
         ValueError: moneyness or expiries empty or not increasing.
     """
-    for name, values in (("moneyness", moneyness), ("expiries", expiries)):
-        if len(values) == 0 or any(a >= b for a, b in pairwise(values)):
-            raise ValueError(f"{name} are {', '.join(f'{x:g}' for x in values) or 'none'} (one or more, increasing)")
+    check_increasing(moneyness=moneyness, expiries=expiries)
     return [
         Option(float(spot * np.exp(z * REFERENCE_VOLATILITY * (expiry * dt) ** 0.5)), int(expiry), z >= 0)
         for expiry in expiries

@@ -294,7 +294,7 @@ def test_a_run_without_snapshots_is_not_asked_for_progress():
 
 def classics_of(market) -> makers.Makers:
     """Two classical makers that nobody has tuned, and one that knows the model."""
-    found = {makers.RIVAL: (0.25, 0.8), makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.LINEAR_START: (1.2, 0.8, 0.1)}
+    found = {makers.RIVAL: (0.25, 0.8), makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.BELIEVER_BAND: (1.2, 0.8, 0.1)}
     return makers.assemble(market, {**found, makers.MULTI_ASSET: (3.0, 1.1, 0.8, 0.15)}, "")
 
 
@@ -324,7 +324,7 @@ def test_benchmark_has_everyone_against_everyone():
         title="title", settings={"seed": 1}, agent=constant(1.2), classics=classics_of(market), past=past,
         response=constant(1.1), make_market=None, model=market.dynamics, episodes=256, default_market=False,
     )  # fmt: skip
-    classics = [makers.AVELLANEDA_STOIKOV, makers.LINEAR_START, makers.MULTI_ASSET]
+    classics = [makers.AVELLANEDA_STOIKOV, makers.BELIEVER_BAND, makers.MULTI_ASSET]
     names = [*past, "agent", *classics]
     assert played.names == names
     assert set(contest.played) == {"agent", *classics}

@@ -72,7 +72,7 @@ def test_every_maker_has_its_formula_and_parameters():
         makers.AVELLANEDA_STOIKOV: named,
         makers.CONSTANT_SPREAD: formulas.constant_spread(market, 2.0),
         makers.GLFT: glft,
-        makers.LINEAR_START: formulas.minimum_variance_band(market, glft, 0.15),
+        makers.BELIEVER_BAND: formulas.minimum_variance_band(market, glft, 0.15),
         makers.AS_SMILE: formulas.with_the_smile(market, named, moves, 0.6, 0.1),
         makers.GLFT_SMILE: formulas.with_the_smile(market, glft, moves, 0.4, 0.2),
         makers.MULTI_ASSET: MultiAsset(env, moves, 3.0, 1.1, 0.8, 0.15),

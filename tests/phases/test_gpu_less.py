@@ -34,7 +34,7 @@ from envs.optimum.makers import BestResponse, MultiAsset, VegaProgramming
 from envs.run.run import Run
 
 META = torch.device("meta")
-CLASSICS = (makers.AVELLANEDA_STOIKOV, makers.LINEAR_START)  # who know no moves of options
+CLASSICS = (makers.AVELLANEDA_STOIKOV, makers.BELIEVER_BAND)  # who know no moves of options
 
 
 def calibrated(dt: float) -> marlvol.Marlvol:

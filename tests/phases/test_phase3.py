@@ -194,7 +194,7 @@ def test_copies_of_a_market_explore_in_opposite_pairs():
 def test_the_average_is_what_is_kept(tmp_path):
     """With an average over all of the run it lags behind the learner, whose exploration has a floor."""
     args, env, _, _ = make(average=1.0, min_std=0.6, learning_rate=0.01)  # exploration begins at e^{-1/2}
-    classics = makers.assemble(env.env, invented(makers.AVELLANEDA_STOIKOV, makers.LINEAR_START), "invented")
+    classics = makers.assemble(env.env, invented(makers.AVELLANEDA_STOIKOV, makers.BELIEVER_BAND), "invented")
     average = phase3.train(PHASE.run(args, tmp_path), classics)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     weights = [x["actor_mean.4.weight"] for x in (average.state_dict(), saved["agent"], saved["learner"])]
@@ -221,7 +221,7 @@ def test_training_beats_the_named_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(phase3, "EPISODES", 1024)
     args = phase3.Args(total_timesteps=200_000, num_envs=128, num_evaluations=2, save_model=False, start="neutral")
     market = phase3.make_market(args, model_of(args), 64, CPU)
-    known = invented(makers.AVELLANEDA_STOIKOV, makers.LINEAR_START)
+    known = invented(makers.AVELLANEDA_STOIKOV, makers.BELIEVER_BAND)
     phase3.train(PHASE.run(args, tmp_path), makers.assemble(market, known, "invented"))
     rows = read_metrics(tmp_path / "metrics.csv")
     curve = [row["charts/gain_over_avellaneda_stoikov"] for row in rows]
@@ -265,14 +265,14 @@ def test_verdict():
     """Every criterion can fail, and says so."""
     _, env, _, classic = make(512, num_steps=6)
     named = formulas.avellaneda_stoikov(env.env, 0.25, 0.8)
-    policies = {makers.AVELLANEDA_STOIKOV: named, makers.LINEAR_START: classic}
-    parameters = {makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.LINEAR_START: (1.2, 0.8, 0.15)}
+    policies = {makers.AVELLANEDA_STOIKOV: named, makers.BELIEVER_BAND: classic}
+    parameters = {makers.AVELLANEDA_STOIKOV: (0.25, 0.8), makers.BELIEVER_BAND: (1.2, 0.8, 0.15)}
     classics = makers.Makers(env, policies, {**parameters, makers.RIVAL: (0.25, 0.8, 1.0)}, "made up")
     contest = contest_of(classics, named, 512)
     result = quoting.judge_quoting({}, contest, default_market=True)
     failed = {criterion.name for criterion in result.criteria if not criterion.passed}
     assert failed == {
-        f"beats {makers.AVELLANEDA_STOIKOV}", f"beats {makers.LINEAR_START}",
+        f"beats {makers.AVELLANEDA_STOIKOV}", f"beats {makers.BELIEVER_BAND}",
         f"5 above {makers.AVELLANEDA_STOIKOV}", f"0.3 above {contest.best}", f"P&L sd no higher than of {contest.best}",
         "has 8,192 episodes or more", "quotes follow the smile (correlation 0.95, between)",
     }  # fmt: skip
@@ -288,8 +288,8 @@ def test_verdict():
 def test_verdict_on_risk_and_on_edges():
     _, env, _, classic = make(512, num_steps=6)
     rash = formulas.constant_spread(env.env, 0.7)  # trades much, never mind what it holds
-    parameters = {makers.LINEAR_START: (1.2, 0.8, 0.15), makers.RIVAL: (0.25, 0.8, 1.0)}
-    policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.LINEAR_START: classic}
+    parameters = {makers.BELIEVER_BAND: (1.2, 0.8, 0.15), makers.RIVAL: (0.25, 0.8, 1.0)}
+    policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.BELIEVER_BAND: classic}
     contest = contest_of(makers.Makers(env, policies, parameters, "made up"), rash, 512)
     failed = [c.name for c in quoting.judge_quoting({}, contest, True).criteria if not c.passed]
     assert f"P&L sd no higher than of {contest.best}" in failed
@@ -297,7 +297,7 @@ def test_verdict_on_risk_and_on_edges():
     model = dynamics.GBM(0.2, 1 / 504)
     _, env, _, _ = make(512, model, num_steps=6, risk_aversion=0.0, cost_rate=0.0)
     env = AgainstRivals(env.env, [formulas.constant_spread(env.env, 0.8)])
-    policies = dict.fromkeys((makers.AVELLANEDA_STOIKOV, makers.LINEAR_START), env.rivals[0])
+    policies = dict.fromkeys((makers.AVELLANEDA_STOIKOV, makers.BELIEVER_BAND), env.rivals[0])
     classics = makers.Makers(env, policies, {makers.RIVAL: (1e-6, 1.0, 1.0)}, "made up")
     best = BestResponse(env)
     for multiple, passes in ((1.0, True), (1.05, False), (0.95, False)):
@@ -402,7 +402,7 @@ def test_recorded_parameters_are_those_of_the_default_market(name):
 
 def test_figures_of_a_contest_without_training(tmp_path):
     _, env, agent, classic = make(64, dynamics.GBM(0.2, 1 / 504))
-    policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.GLFT: classic, makers.LINEAR_START: classic}
+    policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.GLFT: classic, makers.BELIEVER_BAND: classic}
     parameters = dict.fromkeys(policies, (0.25, 0.8)) | {makers.RIVAL: (0.25, 0.8, 1.0)}
     contest = contest_of(makers.Makers(env, policies, parameters, "made up"), agent.policy, 64)
     contest.sweep = quoting.rival_sweep(contest, tuple(contest.policies), episodes=64)

@@ -22,7 +22,7 @@ from envs.run.errors import UsageError
 from envs.run.run import Run
 
 PHASE = PHASES["phase4"]
-CLASSICS = (makers.AVELLANEDA_STOIKOV, makers.LINEAR_START)  # who know no moves of options, which take time to measure
+CLASSICS = (makers.AVELLANEDA_STOIKOV, makers.BELIEVER_BAND)  # who know no moves of options, which take time to measure
 
 
 def make(num_envs=12, **changes):
@@ -32,7 +32,7 @@ def make(num_envs=12, **changes):
     classics = makers.assemble(market, invented(*CLASSICS), "invented")
     torch.manual_seed(args.seed)
     agent = phase4.Agent(market)
-    agent.fit(classics.env.like(64), classics.policies[makers.LINEAR_START])
+    agent.fit(classics.env.like(64), classics.policies[makers.BELIEVER_BAND])
     return args, classics, agent
 
 
