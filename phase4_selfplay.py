@@ -29,6 +29,7 @@ from envs.figures.selfplay import selfplay_report
 from envs.market.dynamics import Dynamics
 from envs.market.history import Historical
 from envs.market.quoting import BadQuote
+from envs.market.rivals import in_market
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_options, check_unseen, make_model
 from envs.run.args import BatchedRunArgs, check_copies, check_ppo, check_range
@@ -44,6 +45,7 @@ PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 HIDDEN = 64  # width of the hidden layers
 IMITATION = 1500  # updates that imitate the classical maker before training
+RIVAL_SCALE = 2.0  # of the share of takers that a rival edge attracts, in observations
 MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
@@ -83,18 +85,20 @@ class Args(QuotingArgs, BatchedRunArgs):
     differ from those trained with"""
 
     # Self-play
-    opponent: Literal["lag", "pool", "baseline"] = "lag"
-    """who takes the other seats: the agent some updates ago; one of a pool of its snapshots (fictitious self-play); the
-    tuned Avellaneda–Stoikov maker"""
+    opponent: Literal["league", "lag", "pool", "baseline"] = "league"
+    """who takes the seats that the classical makers leave: the agent some updates ago and, in other rows, one of a pool
+    of its snapshots; the first alone; the second alone (fictitious self-play); or the tuned Avellaneda–Stoikov maker"""
     lag: int = 1
-    """how many updates behind the opponent is, with --opponent lag"""
+    """how many updates behind the latest opponent is"""
+    past_share: float = 0.5
+    """share of the rows without classical makers in which the opponent is from the pool, with --opponent league"""
     pool_size: int = 16
-    """snapshots of a --opponent pool, evenly spaced over the run so far"""
+    """snapshots of the pool, evenly spaced over the run so far"""
     pool_sampling: Literal["uniform", "prioritised"] = "uniform"
     """how one is chosen for an iteration: all alike, or the more often the more it earns beyond the agent"""
-    classical_share: float = 0.25
-    """share of the rows in which a classical maker, in turn, has the other seats, so that the agent remains good
-    against makers unlike itself"""
+    classical_share: float = 0.5
+    """share of the rows in which the classical makers have the other seats, each its part of them, so that the agent
+    remains good against makers unlike itself"""
     guests: tuple[str, ...] = ()
     """run folders or checkpoints of other runs, whose agents join the cross-play and, with --opponent pool, the pool"""
     start_edge: float | None = None
@@ -102,13 +106,13 @@ class Args(QuotingArgs, BatchedRunArgs):
     maker, which the agent imitates first"""
 
     # The algorithm
-    total_timesteps: int = 3_000_000
+    total_timesteps: int = 6_000_000
     """environment steps of the whole run, over all environments"""
     num_envs: int = 64
     """environments side by side; more of them are faster, but make fewer updates of as many steps"""
     learning_rate: float = 5e-4
     """learning rate of Adam"""
-    anneal_share: float = 0.25
+    anneal_share: float = 0.5
     """share of the run, its last, in which the learning rate falls linearly to zero"""
     gamma: float = 1.0
     """discount factor; at 0 no maker is credited with how its rivals will react to its quotes"""
@@ -119,9 +123,9 @@ class Args(QuotingArgs, BatchedRunArgs):
     copies: int = 4
     """rows that meet the same market and explore in opposite pairs (an even number, or 1); the mean of their advantages
     is taken off as luck"""
-    episodes: int = 4
-    """whole episodes of every environment that an update is made from; the classical makers take their turns in them"""
-    num_minibatches: int = 4
+    episodes: int = 8
+    """whole episodes of every environment that an update is made from, played side by side"""
+    num_minibatches: int = 8
     """minibatches an epoch; must divide num_envs × num_steps"""
     update_epochs: int = 4
     """passes over a rollout"""
@@ -149,6 +153,11 @@ class Args(QuotingArgs, BatchedRunArgs):
     """episodes of the final benchmark (with historical: all the windows there are)"""
 
     @property
+    def rows(self) -> int:
+        """Episodes that this process plays side by side."""
+        return self.episodes * self.num_envs
+
+    @property
     def steps_per_iteration(self) -> int:
         """Environment steps of all processes in one iteration."""
         return self.episodes * super().steps_per_iteration
@@ -170,7 +179,7 @@ class Args(QuotingArgs, BatchedRunArgs):
             updates = self.num_iterations
             check(1 <= self.lag <= updates, f"--lag is {self.lag} (at least 1, at most the run's {updates} updates)")
             check_range(self, 2, 4096, "pool_size")
-            check_range(self, 0, 1, "classical_share")
+            check_range(self, 0, 1, "classical_share", "past_share")
             if self.start_edge is not None:
                 check_range(self, 0, 10, "start_edge", open_low=True)
 
@@ -220,30 +229,32 @@ class Agent(nn.Module):
         self.register_buffer("band", torch.tensor(0.1))  # the same, shares
 
     @torch.no_grad()
-    def fit(self, env: AgainstRivals, classic) -> tuple[Tensor, Tensor]:
+    def fit(self, envs: list[AgainstRivals], classic) -> tuple[Tensor, Tensor]:
         """Sets the scales, those of the observations too, from episodes that `classic` plays in the agent's seat.
 
         Returns what it observed and what it did, (steps, …).
         """
-        observation, _ = env.reset(seed=SCALE_SEED)
         observed = []
         acted = []
-        for _ in range(env.num_steps):
-            action = classic(observation)
-            observed.append(observation)
-            acted.append(action)
-            observation, *_ = env.step(action)
+        for env in envs:
+            observation, _ = env.reset(seed=SCALE_SEED)
+            for _ in range(env.num_steps):
+                action = classic(observation)
+                observed.append(observation)
+                acted.append(action)
+                observation, *_ = env.step(action)
         observed = torch.cat(observed)
         acted = torch.cat(acted)
-        action = env.env.by_name(acted)
+        action = envs[0].env.by_name(acted)
         self.half_spread.copy_(0.5 * (action["ask"] + action["bid"]).clamp(max=MOST).mean())
         self.band.copy_(action["band"].mean().clamp(0.01, 1.0))
         seen = self.attraction(observed)
         self.observation_mean.copy_(seen.mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market where it does. The
-        # rivals of training will differ more among each other than these, so their columns have a scale of their own.
+        # columns of rivals' quotes have a wide scale, so that the agent starts with weak reactions to them: strong ones
+        # can be exploited, and self-play among makers that react to each other takes long to settle.
         std = torch.where(seen.std(0) < 1e-2, 1.0, seen.std(0))
-        std[self.rival_edges] = std[self.rival_edges].clamp(0.15, 0.3)
+        std[self.rival_edges] = RIVAL_SCALE
         self.observation_std.copy_(std)
         return observed, acted
 
@@ -327,29 +338,38 @@ def at(snapshot: Tensor, agent: Agent):
 
 
 class Opponents(nn.Module):
-    """The policies in the other seats: past selves of the agent, and in the first rows a classical maker.
+    """The policies in the other seats: classical makers in the first rows, then a past self, then the latest one.
 
-    `snapshots` (size, …) are vectors as `to_vector` makes them. With --opponent lag they are the last `lag` iterates,
-    in a ring. With pool they are the guests and then a pool that stays evenly spaced over the run, because every second
-    snapshot goes when it is full (average past play, Heinrich, Lanctot & Silver 2015). `actor` plays now. The classical
-    makers take turns in a share of the rows of every update, not in a share of the updates: so each update is good
-    against all of them.
+    `latest` (lag, …) and `pool` (size, …) hold snapshots, vectors as `to_vector` makes them: the last iterates, in a
+    ring; guests, and then a pool that stays evenly spaced over the run, because every second snapshot goes when it is
+    full (average past play, Heinrich, Lanctot & Silver 2015). Each has its share of the rows of every update, not a
+    share of the updates: so each update is good against all of them.
     """
 
-    def __init__(self, args: Args, agent: Agent, guests: list[Tensor], classics: list):
+    def __init__(self, args: Args, agent: Agent, guests: list[Tensor], classics: list, market: QuotingEnv):
+        """`classics` have the named baseline first; `market` is the one that they all play in."""
         super().__init__()
         self.args = args
-        self.classics = classics  # the named baseline first
-        self.turn = 0  # whose turn it is among the classics
-        self.share = 1.0 if args.opponent == "baseline" else args.classical_share  # of the rows in which they play
-        self.actor = copy.deepcopy(agent).requires_grad_(False)
-        size = args.pool_size if args.opponent == "pool" else args.lag
-        self.guests = len(guests) if args.opponent == "pool" else 0
+        share = args.classical_share
+        past = {"league": args.past_share, "pool": 1.0}.get(args.opponent, 0.0)
+        if args.opponent == "baseline":
+            share, classics = 1.0, classics[:1]
+        groups = market.num_envs // args.copies  # of rows
+        ends = [args.copies * round(share * groups * (i + 1) / len(classics)) for i in range(len(classics))]
+        rows = [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+        self.classics = [(in_market(classic, market, own), own) for classic, own in zip(classics, rows, strict=True)]
+        self.first = ends[-1]  # row of the past self
+        self.end = min(market.num_envs, self.first + args.copies * round((1.0 - share) * past * groups))  # of its rows
+        self.seats = market.num_makers - 1  # of opponents, in each row
+        self.newest = copy.deepcopy(agent).requires_grad_(False)
+        self.past = copy.deepcopy(agent).requires_grad_(False)
+        self.guests = len(guests)
         self.stored = 0  # snapshots in the pool
         self.spacing = 1  # updates from one of them to the next
-        self.register_buffer("snapshots", torch.stack([*guests[: self.guests], *[to_vector(agent)] * size]))
-        self.register_buffer("scores", torch.zeros(len(self.snapshots)))  # what each earns beyond the agent
-        self.register_buffer("born", torch.full((len(self.snapshots),), -1))  # in the pool: after how many updates
+        self.register_buffer("latest", to_vector(agent).repeat(args.lag, 1))
+        self.register_buffer("pool", torch.stack([*guests, *[to_vector(agent)] * args.pool_size]))
+        self.register_buffer("scores", torch.zeros(len(self.pool)))  # what each earns beyond the agent
+        self.register_buffer("born", torch.full((len(self.pool),), -1))  # after how many updates
         self.register_buffer("chosen", torch.zeros(1, dtype=torch.long))
 
     def get_extra_state(self) -> list[int]:
@@ -360,21 +380,18 @@ class Opponents(nn.Module):
 
     @torch.no_grad()
     def advance(self, agent: Agent, iteration: int, generator: torch.Generator) -> None:
-        """Chooses the opponent of this iteration (1, 2, …) and remembers the agent as it is before its update."""
-        self.turn = (iteration - 1) * self.args.episodes % len(self.classics)
-        if self.args.opponent == "lag":
-            slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
-            from_vector(self.actor, self.snapshots[slot])
-            self.snapshots[slot] = to_vector(agent)
-        elif self.args.opponent == "pool":
-            if (iteration - 1) % self.spacing == 0:
-                self._add(agent, iteration - 1)
-            self._choose(generator)
+        """Chooses the opponents of this iteration (1, 2, …) and remembers the agent as it is before its update."""
+        slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
+        from_vector(self.newest, self.latest[slot])
+        self.latest[slot] = to_vector(agent)
+        if (iteration - 1) % self.spacing == 0:
+            self._add(agent, iteration - 1)
+        self._choose(generator)
 
     def _add(self, agent: Agent, updates: int) -> None:
         """Adds the agent to the pool, which is thinned out when it is full."""
         if self.stored == self.args.pool_size:
-            for tensor in (self.snapshots, self.scores, self.born):
+            for tensor in (self.pool, self.scores, self.born):
                 kept = tensor[self.guests :: 2].clone()
                 tensor[self.guests : self.guests + len(kept)] = kept
             self.stored = len(kept)
@@ -382,13 +399,13 @@ class Opponents(nn.Module):
             if updates % self.spacing != 0:
                 return
         new = self.guests + self.stored
-        self.snapshots[new] = to_vector(agent)
+        self.pool[new] = to_vector(agent)
         self.scores[new] = self.scores[:new].mean().nan_to_num()
         self.born[new] = updates
         self.stored += 1
 
     def _choose(self, generator: torch.Generator) -> None:
-        """Draws the opponent from guests and pool: the largest logit plus Gumbel noise is a softmax's choice, made
+        """Draws the past self from guests and pool: the largest logit plus Gumbel noise is a softmax's choice, made
         without waiting for the device."""
         scores = self.scores[: self.guests + self.stored]
         logits = torch.zeros_like(scores)
@@ -396,28 +413,23 @@ class Opponents(nn.Module):
             logits = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-6)
         gumbel = -torch.empty_like(scores).exponential_(generator=generator).log()
         self.chosen.copy_((logits + gumbel).argmax(keepdim=True))
-        from_vector(self.actor, self.snapshots[self.chosen][0])
+        from_vector(self.past, self.pool[self.chosen][0])
 
     def policy(self, observation: Tensor) -> Tensor:
-        """Observation (n, size) → environment action, without exploration."""
-        rows = self.classical_rows(len(observation))
+        """Observation (rows · seats, size) → environment action, without exploration."""
+        selves = [(self.past.policy, slice(self.first, self.end)), (self.newest.policy, slice(self.end, None))]
         played = []
-        if rows > 0:
-            played.append(self.classics[self.turn](observation[:rows]))
-        if rows < len(observation):
-            played.append(self.actor.policy(observation[rows:]))
+        for policy, rows in (*self.classics, *selves):
+            end = len(observation) if rows.stop is None else rows.stop * self.seats
+            seen = observation[rows.start * self.seats : end]
+            if len(seen) > 0:
+                played.append(policy(seen))
         return torch.cat(played)
 
-    def classical_rows(self, rows: int) -> int:
-        """The first rows, in which a classical maker plays: a share of them, in whole groups of copies."""
-        groups = self.args.num_envs // self.args.copies
-        return round(self.share * groups) * rows // groups
-
     def score(self, lead: Tensor) -> None:
-        """Learns by how much the opponents' objectives were above the agent's in an iteration, lead (num_envs,)."""
-        rows = self.classical_rows(len(lead))
-        if self.args.opponent == "pool" and rows < len(lead):
-            ahead = average_over_ranks(lead[rows:].mean())
+        """Learns by how much the opponents' objectives were above the agent's in an iteration, lead (rows,)."""
+        if self.first < self.end:
+            ahead = average_over_ranks(lead[self.first : self.end].mean())
             self.scores[self.chosen] += 0.2 * (ahead - self.scores[self.chosen])
 
 
@@ -554,15 +566,13 @@ def anneal(optimizer, args: Args, iteration: int) -> None:
     optimizer.param_groups[0]["lr"].fill_(args.learning_rate * min(1.0, left / args.anneal_share))
 
 
-def starting_agent(run: Run, classics: Makers, market: QuotingEnv) -> Agent:
-    """The agent before training: an imitation of the strongest classical maker, against others and among itself."""
+def starting_agent(run: Run, classic, rivals: list, market: QuotingEnv) -> Agent:
+    """The agent before training: an imitation of a classical maker, as it plays against each of `rivals`."""
     args: Args = run.args
     agent = Agent(market).to(run.device)
-    classic = classics.policies[classics.imitated]
-    among_itself = agent.fit(against(market.like(1024), classic), classic)
-    against_others = agent.fit(classics.env.like(1024), classic)  # whose scales count
+    observed, acted = agent.fit([against(market.like(512), rival) for rival in rivals], classic)
     same_everywhere = torch.Generator(run.device).manual_seed(args.seed + EXPLORATION_SEED)  # in every process
-    agent.imitate(market, *map(torch.cat, zip(among_itself, against_others, strict=True)), same_everywhere)
+    agent.imitate(market, observed, acted, same_everywhere)
     if args.start_edge is not None:
         agent.half_spread.fill_(args.start_edge)
     return agent
@@ -575,11 +585,11 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     """
     args: Args = run.args
     torch.manual_seed(args.seed)
-    market = classics.env.env.like(args.num_envs)
-    agent = starting_agent(run, classics, market)
-    average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
+    market = classics.env.env.like(args.rows)
     known = [classics.policies[name] for name in LEAGUE if name in classics.policies]
-    opponents = Opponents(args, agent, list(guests.values()), known).to(run.device)
+    agent = starting_agent(run, classics.policies[classics.imitated], known, market)
+    average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
+    opponents = Opponents(args, agent, list(guests.values()), known, market).to(run.device)
     optimizer = make_optimizer(args, agent)
     generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
     market.generator.manual_seed(rank_seed(args.seed))
@@ -596,14 +606,9 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
-    def iterate(turn: int) -> Tensor:
-        batches = []
-        for episode in range(args.episodes):
-            opponents.turn = (turn + episode) % len(known)
-            batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
-            opponents.score(lead)
-            batches.append(batch)
-        batch = Batch(*map(torch.cat, zip(*batches, strict=True)))
+    def iterate() -> Tensor:
+        batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
+        opponents.score(lead)
         losses = update(agent, optimizer, batch, loss_function, args, generator)
         follow(average, agent, args)
         return losses
@@ -613,7 +618,7 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     for iteration in run.iterations(args.num_iterations, args.steps_per_iteration):
         anneal(optimizer, args, iteration)
         opponents.advance(agent, iteration, pool_generator)
-        losses = iterate(opponents.turn)
+        losses = iterate()
         if iteration in quarters:
             snapshots[f"step {run.steps:,}"] = to_vector(agent)
         if run.due(iteration):
@@ -633,7 +638,7 @@ def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
     moving average, or `agent` if none of them is better.
     """
     args: Args = run.args
-    market = market.like(args.num_envs)
+    market = market.like(args.rows)
     response = copy.deepcopy(agent).requires_grad_(True)
     average = copy.deepcopy(agent).requires_grad_(False)
     optimizer = make_optimizer(args, response)
@@ -642,10 +647,7 @@ def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
     validation = Validation(against(market.like(EPISODES), agent.policy), agent.policy, "the agent")
 
     def iterate() -> Tensor:
-        batches = []
-        for _ in range(args.episodes):
-            batches.append(rollout(market, response, agent.policy, response.act, args, generator)[0])
-        batch = Batch(*map(torch.cat, zip(*batches, strict=True)))
+        batch, _ = rollout(market, response, agent.policy, response.act, args, generator)
         losses = update(response, optimizer, batch, ppo_loss, args, generator)
         follow(average, response, args)
         return losses
@@ -715,10 +717,10 @@ def main(argv) -> bool:
     model = make_model(args, dt=0.5 / TRADING_DAYS)
     fitted = model.garch if isinstance(model, Historical) else model  # what the makers know
     market = make_market(args, fitted, args.tuning_episodes, run.device)
-    for flag, rows in (("--num-envs", max(args.num_envs, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
+    for flag, rows in (("--num-envs", max(args.rows, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
         check_memory(3 * 4 * rows * market.noise_size, run.device, f"{flag} {rows}")  # noise, marks and a copy
     agent = Agent(market).to(run.device)
-    kept = args.pool_size if args.opponent == "pool" else args.lag
+    kept = args.pool_size + args.lag
     check_memory(8 * kept * len(to_vector(agent)), run.device, f"{kept} past selves (--lag, --pool-size)")
     if args.evaluate is not None:
         check_options(args, run.trained)

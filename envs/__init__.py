@@ -16,7 +16,8 @@ import gymnasium
 
 from envs.gym import HedgingGymEnv, HedgingGymVectorEnv, QuotingGymEnv, QuotingGymVectorEnv
 from envs.market.hedging import HedgingEnv
-from envs.market.quoting import AgainstRivals, QuotingEnv
+from envs.market.quoting import QuotingEnv
+from envs.market.rivals import AgainstRivals
 
 __all__ = [
     "AgainstRivals",

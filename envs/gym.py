@@ -17,7 +17,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from envs.baselines.makers import avellaneda_stoikov
 from envs.market.hedging import HedgingEnv
-from envs.market.quoting import AgainstRivals, QuotingEnv
+from envs.market.quoting import QuotingEnv
+from envs.market.rivals import AgainstRivals
 
 
 def against_avellaneda_stoikov(
@@ -42,7 +43,18 @@ def reset_numpy(env: HedgingEnv | AgainstRivals, seed: int | None, options: dict
 
 
 def step_numpy(env: HedgingEnv | AgainstRivals, actions: np.ndarray) -> tuple:
-    """`env.step` with arrays: observation, reward, terminated, truncated, info."""
+    """`env.step` with arrays: observation, reward, terminated, truncated, info.
+
+    Raises:
+        ValueError: actions of another shape, or that are not finite.
+    """
+    actions = np.asarray(actions, np.float64)
+    shape = (env.num_envs, *env.single_action_space.shape)
+    if actions.shape != shape:
+        raise ValueError(f"actions have the shape {actions.shape} (must be {shape}, environments first)")
+    if not np.isfinite(actions).all():
+        row, number = np.argwhere(~np.isfinite(actions))[0]
+        raise ValueError(f"number {number} of the action in environment {row} is {actions[row, number]} (finite)")
     actions = torch.as_tensor(actions, dtype=env.dtype, device=env.device)
     if isinstance(env, AgainstRivals):
         actions = env.env.uncrossed(actions)  # any action of the space may come, from agents that know nothing yet

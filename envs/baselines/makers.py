@@ -1,16 +1,19 @@
-"""Classical makers as policies: callables observation (n, size) → action of a maker in a `QuotingEnv`.
+"""Classical makers as policies: callables observation (n, size) → action of a maker in a `QuotingEnv`, in the two parts
+of a `Maker`.
 
 Each constructor takes the market that it is built for and the strategy's parameters. A formula published for one asset
 is applied to a book of options by the book's vega.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy.linalg import expm
 
-from envs.market.hedging import Policy
 from envs.market.moves import StepMoves
 from envs.market.quoting import QuotingEnv, QuotingState, hedged_volatility_variance
+from envs.market.rivals import Maker
 from envs.market.units import VOL_POINT
 
 Tensor = torch.Tensor
@@ -81,12 +84,16 @@ def _residual_variance(env: QuotingEnv, state: QuotingState) -> Tensor:
     return (from_volatility + 0.5 * (volatility / (tau * VOL_POINT)) ** 2 * env.dynamics.dt).mean(-1)
 
 
-def constant_spread(env: QuotingEnv, half_spread: float) -> Policy:
+def constant_spread(env: QuotingEnv, half_spread: float) -> Maker:
     """The same half-spread, in vol points, whatever is held; Black–Scholes delta hedged every step."""
-    return lambda observation: env.quote(torch.full_like(observation[:, 0], half_spread))
+
+    def respond(_, observation: Tensor) -> Tensor:
+        return env.quote(torch.full_like(observation[:, 0], half_spread))
+
+    return Maker(env, lambda state: [], respond)
 
 
-def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: float = 1.0) -> Policy:
+def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: float = 1.0) -> Maker:
     """Avellaneda & Stoikov's quotes on the option book; Black–Scholes delta hedged every step.
 
     One unit of inventory is one option of average vega. Its risk is the residual of the hedge (Stoikov & Sağlam 2009),
@@ -98,52 +105,58 @@ def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: 
         spread: multiple of the formula's half-spread that is quoted.
     """
 
-    def policy(observation: Tensor) -> Tensor:
-        state = env.decode(observation)
+    def terms(state: QuotingState) -> tuple[Tensor, Tensor]:
         vega = env.vegas_at(state).mean(-1)
-        time_left = env.column(observation, "time left") * env.num_steps * env.dynamics.dt
-        arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), time_left, k)
-        half_spread, skew = avellaneda_stoikov_quotes(*arguments)
-        return env.quote(spread * half_spread, skew)
+        time_left = (env.num_steps - state.step) * env.dynamics.dt
+        arguments = (risk_aversion * vega, _residual_variance(env, state), time_left, k)
+        half_spread, skew = avellaneda_stoikov_quotes(1.0 / vega, *arguments)
+        return spread * half_spread, skew
 
-    return policy
+    return Maker(env, terms, _skewed(env))
 
 
-def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Policy:
+def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Maker:
     """Guéant, Lehalle & Fernandez-Tapia's quotes far from the end, on the option book; delta hedged every step.
 
     Arguments and units as in `avellaneda_stoikov`; their A is the arrival rate of takers on one side, all options.
     """
     intensity = env.arrival_rate * env.num_options / env.dynamics.dt
 
-    def policy(observation: Tensor) -> Tensor:
-        state = env.decode(observation)
+    def terms(state: QuotingState) -> tuple[Tensor, Tensor]:
         vega = env.vegas_at(state).mean(-1)
-        arguments = (state.vega / vega, risk_aversion * vega, _residual_variance(env, state), k, intensity)
-        return env.quote(*glft_quotes(*arguments))
+        return glft_quotes(1.0 / vega, risk_aversion * vega, _residual_variance(env, state), k, intensity)
 
-    return policy
+    return Maker(env, terms, _skewed(env))
 
 
-def minimum_variance_band(env: QuotingEnv, quotes: Policy, band: float) -> Policy:
-    """The quotes of another policy, hedged to the minimum-variance delta with a no-trade band of ±`band` shares.
+def _skewed(env: QuotingEnv):
+    """The response of a maker whose terms are the half-spread, and the skew of a book with a vega of 1."""
+
+    def respond(terms: Sequence[Tensor], observation: Tensor) -> Tensor:
+        half_spread, skew = terms
+        return env.quote(half_spread, env.column(observation, "net vega") * skew)
+
+    return respond
+
+
+def minimum_variance_band(env: QuotingEnv, quotes: Maker, band: float) -> Maker:
+    """The quotes of another maker, hedged to the minimum-variance delta with a no-trade band of ±`band` shares.
 
     The net delta that minimises the variance of the next step is −Σ position · vega · ∂σ/∂S (Hull & White 2017), ∂σ/∂S
     how far an option's volatility is expected to move with the spot. Options are taken at their reference prices.
     """
 
-    def policy(observation: Tensor) -> Tensor:
-        state = env.decode(observation)
+    def terms(state: QuotingState) -> tuple[Tensor, ...]:
         slope = env.smile.slope(state.step, state.spot / env.initial_spot, state.variance)
         slope = slope[..., env.at_the_money] if env.smile.is_fair else slope
         exposure = env.vegas_at(state) * slope / (VOL_POINT * state.spot[:, None])
-        return _hedged(env, quotes(observation), -(state.position * exposure).sum(-1), band)
+        return *quotes.terms(state), torch.zeros_like(exposure), exposure
 
-    return policy
+    return Maker(env, terms, _shifted_and_hedged(env, quotes, band))
 
 
-def with_the_smile(env: QuotingEnv, quotes: Policy, moves: StepMoves, share: float, band: float) -> Policy:
-    """The quotes of another policy, shifted by a share of the way from the reference price to the fair value.
+def with_the_smile(env: QuotingEnv, quotes: Maker, moves: StepMoves, share: float, band: float) -> Maker:
+    """The quotes of another maker, shifted by a share of the way from the reference price to the fair value.
 
     Hedged to the net delta that minimises the variance of the next step at fair values, with a no-trade band.
 
@@ -153,16 +166,21 @@ def with_the_smile(env: QuotingEnv, quotes: Policy, moves: StepMoves, share: flo
         band: half-width of the band, shares.
     """
 
-    def policy(observation: Tensor) -> Tensor:
-        state = env.decode(observation)
-        action = env.by_name(quotes(observation))
-        shift = share * env.gap_at(state)
-        target = -(state.position * moves.exposure_at(state)).sum(-1)
-        return env.to_action(ask=action["ask"] + shift, bid=action["bid"] - shift, target=target, band=band)
+    def terms(state: QuotingState) -> tuple[Tensor, ...]:
+        return *quotes.terms(state), share * env.gap_at(state), moves.exposure_at(state)
 
-    return policy
+    return Maker(env, terms, _shifted_and_hedged(env, quotes, band))
 
 
-def _hedged(env: QuotingEnv, action: Tensor, target: Tensor, band: float) -> Tensor:
-    """The quotes of an action with another hedge."""
-    return env.to_action(**{**env.by_name(action), "target": target, "band": band})
+def _shifted_and_hedged(env: QuotingEnv, quotes: Maker, band: float):
+    """The response of a maker whose last terms are what is added to another one's quotes, and what hedges an option."""
+
+    def respond(terms: Sequence[Tensor], observation: Tensor) -> Tensor:
+        *of_quotes, shift, exposure = terms
+        action = env.by_name(quotes.respond(of_quotes, observation))
+        target = -(observation[:, env.columns["positions"]] * exposure).sum(-1)
+        return env.to_action(
+            **{**action, "ask": action["ask"] + shift, "bid": action["bid"] - shift, "target": target, "band": band}
+        )
+
+    return respond

@@ -11,7 +11,7 @@ from envs.benchmark.bars import MIN_EPISODES
 from envs.benchmark.report import AVERAGED, SUMMED, Benchmark, Episodes, estimate
 from envs.market.hedging import HedgingEnv, Policy
 from envs.market.history import Historical
-from envs.market.quoting import AgainstRivals
+from envs.market.rivals import AgainstRivals, in_market
 from envs.run.seeds import VALIDATION_SEED
 
 
@@ -23,6 +23,8 @@ def play(env: HedgingEnv | AgainstRivals, policy: Policy) -> Episodes:
     objective less what no policy can change in mean, with far less noise: for tuning and validation, never for the
     benchmark. When hedging that is Σ income_t + ΔW_t (a martingale pays nothing), when quoting the environment's noise.
     """
+    if isinstance(env, AgainstRivals):
+        policy = in_market(policy, env.env)
     observation, _ = env.replay()
     sums: dict[str, torch.Tensor] = {}
 

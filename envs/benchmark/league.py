@@ -23,6 +23,7 @@ from envs.benchmark.report import Benchmark, Estimate, Table, estimate, relative
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import Policy
 from envs.market.quoting import QuotingEnv
+from envs.market.rivals import in_market
 from envs.optimum.edges import EdgeTable, best_edge, choice_probability
 from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
 
@@ -150,6 +151,7 @@ class SelfplayValidation:
 @torch.no_grad()
 def match(market: QuotingEnv, one: Policy, others: Policy) -> tuple[torch.Tensor, torch.Tensor]:
     """Plays the market's current episodes, `one` in the first seat: objectives and fills, each (n, num_makers)."""
+    one, others = in_market(one, market), in_market(others, market)
     observation, _ = market.replay()
     objective = 0.0
     fills = 0.0

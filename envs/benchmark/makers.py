@@ -9,7 +9,8 @@ from envs.baselines import makers as formulas
 from envs.benchmark.contest import play, tune
 from envs.market.hedging import Policy
 from envs.market.moves import StepMoves
-from envs.market.quoting import AgainstRivals, QuotingEnv
+from envs.market.quoting import QuotingEnv
+from envs.market.rivals import AgainstRivals
 from envs.optimum.makers import MultiAsset, VegaProgramming
 from envs.run.errors import UsageError
 from envs.run.seeds import TUNING_SEED

@@ -20,7 +20,8 @@ from envs.benchmark.report import Benchmark, Episodes, Estimate, compare, relati
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import Policy
 from envs.market.history import Historical
-from envs.market.quoting import ASK, AgainstRivals, QuotingEnv
+from envs.market.quoting import ASK, QuotingEnv
+from envs.market.rivals import AgainstRivals
 from envs.optimum.edges import best_edge
 from envs.optimum.makers import BestResponse
 from envs.run.seeds import BENCHMARK_SEED

@@ -23,7 +23,8 @@ from envs.benchmark.makers import (
 )
 from envs.figures import style
 from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
-from envs.market.quoting import ASK, BID, AgainstRivals, QuotingEnv
+from envs.market.quoting import ASK, BID, QuotingEnv
+from envs.market.rivals import AgainstRivals
 from envs.market.units import TRADING_DAYS, VOL_POINT
 from envs.run.files import read_metrics
 from envs.run.seeds import BENCHMARK_SEED

@@ -15,7 +15,7 @@ from envs.benchmark.makers import AVELLANEDA_STOIKOV, BELIEVER_BAND
 from envs.figures import style
 from envs.figures.quoting import option_names, quoting_episode, quoting_report
 from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
-from envs.market.quoting import AgainstRivals
+from envs.market.rivals import AgainstRivals
 from envs.run.files import read_metrics
 
 

@@ -18,12 +18,11 @@ price; most takers compare them with it, and informed ones with the fair value.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from scipy.stats import poisson
 
 from envs.market import black_scholes
@@ -31,7 +30,7 @@ from envs.market.black_scholes import normal_cdf
 from envs.market.dynamics import Dynamics, Heston, draw_noise
 from envs.market.env import MarketEnv, Part
 from envs.market.fair import known_premium_table
-from envs.market.hedging import Option, Policy, check_increasing, nearest_in_band
+from envs.market.hedging import Option, check_increasing, nearest_in_band
 from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY, VOL_POINT
 
 Tensor = torch.Tensor
@@ -188,6 +187,7 @@ class QuotingEnv(MarketEnv):
         self.maker_observation_space, self.maker_action_space = self._read_tables()
         batch = gym.vector.utils.batch_space
         self._set_spaces(batch(self.maker_observation_space, num_makers), batch(self.maker_action_space, num_makers))
+        self.markets = 0  # how many it has had
         self._close_episode()
 
     def _check_settings(self) -> None:
@@ -408,6 +408,7 @@ class QuotingEnv(MarketEnv):
         self._value_options()
         self._set_moments()
         self._join_parts()
+        self.markets += 1
 
     def _value_options(self) -> None:
         """Prices and Greeks of the options, moneyness and implied volatility of the observation."""
@@ -481,6 +482,21 @@ class QuotingEnv(MarketEnv):
             position=observation[:, self.columns["positions"]],
         )
 
+    def public_observations(self, first: int, last: int) -> Tensor:
+        """What makers observe in the current market at the steps first … last − 1, whatever they do; the rest is 0.
+
+        Returns:
+            ((last − first) · n, size), time first.
+        """
+        observation = self.spot.new_zeros(last - first, self.num_envs, self.maker_observation_space.shape[0])
+        column = 0
+        for block in self.blocks:
+            width = block.width if isinstance(block, Part) else block.shape[-1]
+            if isinstance(block, Tensor):
+                observation[..., column : column + width] = block[first:last, :, 0]
+            column += width
+        return observation.flatten(0, 1)
+
     def uncrossed(self, actions: Tensor) -> Tensor:
         """Actions (…, actions) with quotes that cross (an ask below its bid) moved to the middle between them."""
         action = self.by_name(actions)
@@ -508,7 +524,9 @@ class QuotingEnv(MarketEnv):
     def choice_probabilities(self, edges: Tensor) -> Tensor:
         """P(a taker picks each maker): edges (n, num_makers, …) in vol points → the same shape; the rest walk away."""
         utility = -self.choice_sensitivity * (edges - self.reference_edge)
-        return torch.cat((utility, torch.zeros_like(utility[:, :1])), 1).softmax(1)[:, :-1]
+        most = utility.amax(1, keepdim=True).clamp(min=0)  # taken off, so that nothing overflows
+        odds = (utility - most).exp()
+        return odds / (odds.sum(1, keepdim=True) + (-most).exp())
 
     def taker_kinds(self, edges: Tensor) -> list[tuple[float, Tensor]]:
         """The kinds of takers: their share, and P(one of them picks each maker) at edges (n, num_makers, 2,
@@ -524,16 +542,16 @@ class QuotingEnv(MarketEnv):
     def _fills(self, edges: Tensor, kinds: list[tuple[float, Tensor]]) -> Tensor:
         """Number of takers who trade with each maker, (n, num_makers, 2, num_options)."""
         # The best price has the first interval of marks, the next the second, …
-        order = edges.argsort(dim=1, stable=True)
-        marks = self.marks[self.t][:, None]
-        served = 0.0
+        order = _best_first(edges)
+        ends = []
         first = 0.0  # where the kind's marks begin
         for share, probabilities in kinds:
-            bounds = first + share * probabilities.gather(1, order).cumsum(1)
-            below = (marks < bounds[..., None]).sum(-1, dtype=self.dtype)
-            before = (marks < first).sum(-1, dtype=self.dtype) if first > 0 else torch.zeros_like(below[:, :1])
-            served = served + below.diff(dim=1, prepend=before)
+            ends.append(torch.full_like(probabilities[:, :1], first))
+            ends.append(first + share * probabilities.gather(1, order).cumsum(1))
             first += share
+        ends = torch.cat(ends, 1).movedim(1, -1).contiguous()
+        below = torch.searchsorted(self.marks[self.t], ends).to(self.dtype).movedim(-1, 1)
+        served = below.unflatten(1, (len(kinds), -1)).diff(dim=2).sum(1)
         return torch.zeros_like(served).scatter(1, order, served)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
@@ -664,6 +682,14 @@ class QuotingEnv(MarketEnv):
         return self.cash + self.holding * self.spot[self.t][:, None] + options
 
 
+def _best_first(edges: Tensor) -> Tensor:
+    """Seats in the order of their edges (n, num_makers, …), the lower seat first where they are alike."""
+    if edges.shape[1] == 2:  # without the general sort, which takes long
+        second_first = (edges[:, 1] < edges[:, 0]).long()
+        return torch.stack((second_first, 1 - second_first), 1)
+    return edges.argsort(dim=1, stable=True)
+
+
 def volatility_slope(dynamics: Dynamics, volatility: Tensor, steps_left: Tensor) -> Tensor:
     """∂σ/∂v of the mark's σ, vol points per unit of variance."""
     return dynamics.variance_slope(steps_left) / (2.0 * volatility * VOL_POINT)
@@ -679,92 +705,3 @@ def hedged_volatility_variance(dynamics: Dynamics, variance: Tensor, steps_left:
     residual = (variance_of_variance / dynamics.dt - hedgeable).clamp(min=0)
     volatility = dynamics.expected_average_variance(variance, steps_left).sqrt()
     return residual * volatility_slope(dynamics, volatility, steps_left) ** 2
-
-
-class AgainstRivals(VectorEnv):
-    """One seat of a `QuotingEnv`, the others taken by given policies: a market for one learner or one contestant.
-
-    Args:
-        env: the market of all makers.
-        rivals: their policies, observation (n, size) → action, one for every other seat, next seat first.
-        seat: of the learner.
-
-    Observation (n, size), action (n, actions), reward (n,) and `info` (n,) are those of the seat, see `QuotingEnv`.
-    """
-
-    metadata = QuotingEnv.metadata
-
-    def __init__(self, env: QuotingEnv, rivals: Sequence[Policy], seat: int = 0):
-        if len(rivals) != env.num_makers - 1:
-            raise ValueError(f"{len(rivals)} rivals (num_makers − 1 = {env.num_makers - 1})")
-        if not 0 <= seat < env.num_makers:
-            raise ValueError(f"seat is {seat} (at least 0, at most {env.num_makers - 1})")
-        self.env = env
-        self.rivals = list(rivals)
-        self.seat = seat
-        self.other_seats = [(seat + 1 + i) % env.num_makers for i in range(len(rivals))]
-        self.num_envs = env.num_envs
-        self.num_steps = env.num_steps
-        self.device = env.device
-        self.dtype = env.dtype
-        self.single_observation_space = env.maker_observation_space
-        self.single_action_space = env.maker_action_space
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, env.num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
-
-    @property
-    def generator(self) -> torch.Generator:
-        return self.env.generator
-
-    def like(self, num_envs: int) -> Self:
-        """The same market with another number of rows."""
-        return type(self)(self.env.like(num_envs), self.rivals, self.seat)
-
-    def standing_still(self, num_envs: int, variance: Tensor | float | None = None) -> Self:
-        """The same market with constant spot, constant variance (n,) and no takers, in which to look at policies."""
-        still = self.like(num_envs)
-        market = still.env
-        steps = self.num_steps
-        tensor = {"device": self.device, "dtype": market.dtype}
-        variance = torch.as_tensor(market.dynamics.initial_variance if variance is None else variance, **tensor)
-        intensity = torch.full((num_envs, steps, 2), market.arrival_rate, **tensor)
-        nobody = torch.full((num_envs, steps, 2, market.num_options, 1), 2.0, **tensor)
-        spot = torch.full((num_envs, steps + 1), market.initial_spot, **tensor)
-        market.set_market(spot, variance.expand(num_envs)[:, None].expand_as(spot), intensity, nobody)
-        still.replay()
-        return still
-
-    def observe_at(self, t: int, vega: Tensor | float = 0.0) -> Tensor:
-        """Observation of the seat (n, size) at step t of the current market, after the rivals have quoted without
-        inventory. The seat holds `vega` (currency per vol point) in the middle option, hedged."""
-        market = self.env
-        market.replay()
-        market.t = t
-        for seat, policy in zip(self.other_seats, self.rivals, strict=True):
-            market.edges[:, seat] = market.to_edges(policy(market.observe()[:, seat]))
-        middle = market.middle
-        held = vega / market.vega[t, :, middle]
-        market.position[:, self.seat, middle] = held
-        market.holding[:, self.seat] = -held * market.delta[t, :, middle]
-        return market.observe()[:, self.seat]
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Tensor, dict]:
-        """As `QuotingEnv.reset`, from the seat."""
-        self.observations, info = self.env.reset(seed=seed, options=options)
-        return self.observations[:, self.seat], info
-
-    def replay(self) -> tuple[Tensor, dict]:
-        """As `QuotingEnv.replay`, from the seat."""
-        self.observations, info = self.env.replay()
-        return self.observations[:, self.seat], info
-
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-        """actions (n, actions) → observation (n, size), reward, terminated, truncated (n,), info of the seat."""
-        self.env.check_columns(actions)
-        everyone = [None] * self.env.num_makers
-        everyone[self.seat] = actions
-        for seat, policy in zip(self.other_seats, self.rivals, strict=True):
-            everyone[seat] = policy(self.observations[:, seat])
-        self.observations, reward, terminated, truncated, info = self.env.step(torch.stack(everyone, 1))
-        info = {name: value[:, self.seat] for name, value in info.items()}
-        return self.observations[:, self.seat], reward[:, self.seat], terminated, truncated, info

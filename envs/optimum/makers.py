@@ -7,11 +7,13 @@ programming of Baldacci, Bergault & Guéant (2021). They know the fair values, a
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from envs.market.moves import StepMoves, variance_transition
-from envs.market.quoting import AgainstRivals, QuotingState
+from envs.market.quoting import QuotingState
+from envs.market.rivals import AgainstRivals, Maker
 from envs.optimum import vega
 from envs.optimum.edges import best_edge, choice_probability
 from envs.optimum.multi_asset import prices_of_risk, quadratic_value
@@ -23,7 +25,7 @@ VEGAS, VOLATILITIES = 241, 33  # nodes of its grid
 SUBSTEPS = 4  # of a step, so that about one fill is expected in each
 
 
-class BestResponse:
+class BestResponse(Maker):
     """Quotes the best edges against the rivals' last ones, option by option and side by side.
 
     Args:
@@ -42,31 +44,37 @@ class BestResponse:
         share: float = 1.0,
         band: float = 0.0,
     ):
-        self.market = env.env
+        self.env = env.env
         self.moves = moves
         self.spread = spread
         self.share = share
         self.band = band
 
-    def costs(self, state: QuotingState, vegas: Tensor) -> Tensor | float:
-        """Marginal costs of a fill (n, 2, num_options), vol points."""
+    def public_terms(self, state: QuotingState) -> tuple[Tensor, ...]:
+        """What the marginal costs need of the public state, tensors (n, …)."""
+        return ()
+
+    def costs(self, public: Sequence[Tensor], vegas: Tensor, observation: Tensor) -> Tensor | float:
+        """Marginal costs of a fill (n, 2, num_options), vol points, from `public_terms` and the options' vegas."""
         return 0.0
 
-    def __call__(self, observation: Tensor) -> Tensor:
-        market = self.market
-        state = market.decode(observation)
-        vegas = market.vegas_at(state)
-        gap = self.share * market.gap_at(state)
+    def terms(self, state: QuotingState) -> tuple[Tensor, ...]:
+        vegas = self.env.vegas_at(state)
+        exposure = torch.zeros_like(vegas) if self.moves is None else self.moves.exposure_at(state)
+        return vegas, self.share * self.env.gap_at(state), exposure, *self.public_terms(state)
+
+    def respond(self, terms: Sequence[Tensor], observation: Tensor) -> Tensor:
+        market = self.env
+        vegas, gap, exposure, *public = terms
+        rivals = observation[:, market.columns["rival edges"]].unflatten(-1, (-1, 2, market.num_options))
         edges = best_edge(
-            state.rivals.movedim(1, -1), market.choice_sensitivity, market.reference_edge,
+            rivals.movedim(1, -1), market.choice_sensitivity, market.reference_edge,
             gap=torch.stack((gap, -gap), -2), informed_share=market.informed_share,
-            marginal_cost=self.costs(state, vegas),
+            marginal_cost=self.costs(public, vegas, observation),
         )  # fmt: skip
         ask, bid = edges.unbind(-2)
         half_spread = self.spread * (0.5 * (ask + bid)).clamp(min=0)
-        target = torch.zeros_like(state.vega)
-        if self.moves is not None:
-            target = -(state.position * self.moves.exposure_at(state)).sum(-1)
+        target = -(observation[:, market.columns["positions"]] * exposure).sum(-1)
         return market.quote(half_spread, tilt=0.5 * (ask - bid), target=target, band=self.band)
 
 
@@ -85,7 +93,7 @@ class MultiAsset(BestResponse):
         self, env: AgainstRivals, moves: StepMoves, risk_aversion: float, spread: float, share: float, band: float
     ):
         super().__init__(env, moves, spread, share, band)
-        market = self.market
+        market = self.env
         vegas, gaps = moves.vegas, share * moves.gaps  # (T, X, V, O)
         rivals = rival_edges(env)[:, None, None]  # (T, 1, 1, 2, O, R)
         gaps = torch.stack((gaps, -gaps), -2)  # (T, X, V, 2, O)
@@ -103,11 +111,13 @@ class MultiAsset(BestResponse):
         self.a = a.to(market.dtype)
         self.b = b.to(market.dtype)
 
-    def costs(self, state, vegas):
-        where = state.step, state.spot / self.market.initial_spot, state.variance
-        a = self.moves.grid.interpolate(self.a, *where)
-        b = self.moves.grid.interpolate(self.b, *where)
-        return (prices_of_risk(a, b, state.position) / vegas[..., None]).transpose(-1, -2)
+    def public_terms(self, state):
+        where = state.step, state.spot / self.env.initial_spot, state.variance
+        return tuple(self.moves.grid.interpolate(table, *where) for table in (self.a, self.b))
+
+    def costs(self, public, vegas, observation):
+        position = observation[:, self.env.columns["positions"]]
+        return (prices_of_risk(*public, position) / vegas[..., None]).transpose(-1, -2)
 
 
 class VegaProgramming(BestResponse):
@@ -133,7 +143,7 @@ class VegaProgramming(BestResponse):
         self, env: AgainstRivals, moves: StepMoves, risk_aversion: float, spread: float, share: float, band: float
     ):
         super().__init__(env, moves, spread, share, band)
-        market = self.market
+        market = self.env
         at_start = len(moves.grid.spot) // 2
         roots = moves.grid.root
         if len(roots) > 1:
@@ -167,7 +177,7 @@ class VegaProgramming(BestResponse):
 
     def _profit(self, env: AgainstRivals, rivals: Tensor, gaps: Tensor, vegas: Tensor) -> vega.Profit:
         """Marginal costs (V, X, O, 2) → the substep's expected profit of the best quotes, read from a table."""
-        market = self.market
+        market = self.env
         costs = torch.linspace(*COSTS[:2], COSTS[2]).to(gaps)
         sides = torch.stack((gaps, -gaps), -1)[..., None]  # (V, O, 2, 1)
         rivals = rivals.transpose(0, 1)[:, :, None]  # (O, 2, 1, R)
@@ -201,10 +211,13 @@ class VegaProgramming(BestResponse):
         high = torch.lerp(table[step, after, i], table[step, after, i + 1], u - i)
         return torch.lerp(low, high, w)
 
-    def costs(self, state, vegas):
-        book = state.vega[:, None]
+    def public_terms(self, state):
+        return state.step, state.variance.sqrt()
+
+    def costs(self, public, vegas, observation):
+        book = self.env.column(observation, "net vega")[:, None]
         after = torch.cat((book, book - vegas, book + vegas), -1)  # now, sold one of each option, bought one
-        value = self._at(self.held, state.step, state.variance.sqrt(), after)
+        value = self._at(self.held, *public, after)
         change = value[:, :1] - value[:, 1:]
         return change.unflatten(-1, (2, -1)) / vegas[:, None]
 

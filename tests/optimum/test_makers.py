@@ -41,8 +41,10 @@ def default_market() -> tuple[AgainstRivals, StepMoves]:
 def costs_of(policy, market: QuotingEnv, step: int, vega: torch.Tensor, variance: float = 0.04) -> torch.Tensor:
     """Marginal costs (n, 2, num_options) at the initial spot, of books of these vegas (n,)."""
     here = torch.full_like(vega, market.initial_spot), torch.full_like(vega, variance)
-    state = QuotingState(torch.full_like(vega, step), *here, *[None] * 7)._replace(vega=vega)
-    return policy.costs(state, market.vegas_at(state))
+    state = QuotingState(torch.full_like(vega, step), *here, *[None] * 7)
+    observation = vega.new_zeros(len(vega), market.maker_observation_space.shape[0])
+    observation[:, market.columns["net vega"]] = vega[:, None]
+    return policy.costs(policy.public_terms(state), market.vegas_at(state), observation)
 
 
 # THE BEST RESPONSE
@@ -157,7 +159,7 @@ def test_inventory_is_charged_for(kind):
     vega = torch.linspace(-2, 2, 9)
     observation = still.observe_at(0, vega)
     state = market.decode(observation)
-    costs, more = (x.costs(state, market.vegas_at(state)) for x in (policy, averse))
+    costs, more = (x.costs(x.public_terms(state), market.vegas_at(state), observation) for x in (policy, averse))
     assert (costs[4] > 0).all()  # flat, every trade adds risk
     assert (more[4] > costs[4]).all()
     torch.testing.assert_close(costs[:, 0], costs.flip(0)[:, 1], rtol=1e-2, atol=1e-4)  # buying mirrors selling

@@ -159,16 +159,15 @@ def quoting_iteration(model):
 
 
 def selfplay_iteration(model):
-    """Phase 4, against its past self and every classical maker in turn."""
-    args = phase4.Args(num_envs=8, num_steps=2, num_minibatches=1)
+    """Phase 4, against its past self and every classical maker."""
+    args = phase4.Args(num_envs=8, num_steps=2, num_minibatches=1, episodes=1, copies=1, classical_share=0.5)
     market = on_meta(phase4.make_market(args, model, 8, CPU))
     agent, generator, classics = phase4.Agent(market).to(META), MetaGenerator(), classics_of(market)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[name] for name in CLASSICS]).to(META)
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[name] for name in CLASSICS], market).to(META)
 
     def iterate():
-        for opponents.turn in range(len(CLASSICS)):
-            batch, lead = phase4.rollout(market, agent, opponents.policy, agent.act, args, generator)
-            opponents.score(lead)
+        batch, lead = phase4.rollout(market, agent, opponents.policy, agent.act, args, generator)
+        opponents.score(lead)
         phase4.update(agent, sgd(agent), batch, phase4.ppo_loss, args, generator)
 
     return iterate

@@ -32,7 +32,7 @@ def make(num_envs=12, **changes):
     classics = makers.assemble(market, invented(*CLASSICS), "invented")
     torch.manual_seed(args.seed)
     agent = phase4.Agent(market)
-    agent.fit(classics.env.like(64), classics.policies[makers.BELIEVER_BAND])
+    agent.fit([classics.env.like(64)], classics.policies[makers.BELIEVER_BAND])
     return args, classics, agent
 
 
@@ -73,25 +73,29 @@ def test_a_snapshot_is_the_whole_agent():
 @pytest.mark.parametrize("lag", [1, 3])
 def test_the_opponent_is_lag_updates_behind(lag):
     args, classics, agent = make(opponent="lag", lag=lag, classical_share=0.0)
-    opponents = phase4.Opponents(args, marked(agent, 0.0), [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
+    opponents = phase4.Opponents(
+        args, marked(agent, 0.0), [], [classics.policies[makers.AVELLANEDA_STOIKOV]], classics.env.env.like(args.rows)
+    )
     played = []
     for iteration in range(1, 9):
-        opponents.advance(agent, iteration, None)
-        played.append(number(opponents.actor))
+        opponents.advance(agent, iteration, torch.Generator())
+        played.append(number(opponents.newest))
         marked(agent, float(iteration))  # the update
     assert played == [float(max(0, i - lag)) for i in range(8)]
 
 
 def test_the_pool_is_bounded_and_evenly_spaced():
     args, classics, agent = make(opponent="pool", pool_size=4, classical_share=0.0)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
+    opponents = phase4.Opponents(
+        args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]], classics.env.env.like(args.rows)
+    )
     generator, met = torch.Generator().manual_seed(0), set()
     for iteration in range(1, 41):
         marked(agent, float(iteration))
         opponents.advance(agent, iteration, generator)
-        met.add(number(opponents.actor))
-        kept = [x[0].item() for x in opponents.snapshots[: opponents.stored]]
-    assert len(opponents.snapshots) == 4
+        met.add(number(opponents.past))
+        kept = [x[0].item() for x in opponents.pool[: opponents.stored]]
+    assert len(opponents.pool) == 4
     assert [1 + born for born in opponents.born[: opponents.stored].tolist()] == kept  # each knows its age
     gaps = {round(b - a) for a, b in pairwise(kept)}
     assert len(gaps) == 1
@@ -101,14 +105,16 @@ def test_the_pool_is_bounded_and_evenly_spaced():
 
 def test_prioritised_sampling_meets_the_strong_more_often():
     args, classics, agent = make(opponent="pool", pool_size=4, pool_sampling="prioritised", classical_share=0.0)
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
+    opponents = phase4.Opponents(
+        args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]], classics.env.env.like(args.rows)
+    )
     for iteration in (1, 2, 3):
         opponents.advance(marked(agent, float(iteration)), iteration, torch.Generator().manual_seed(0))
     opponents.spacing, met = 1000, []  # no more snapshots: these three
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         opponents.advance(agent, 4, generator)
-        met.append(number(opponents.actor))
+        met.append(number(opponents.past))
         opponents.score(torch.full((args.num_envs,), 0.1 if met[-1] == 2.0 else -0.1))
     assert set(met) == {1.0, 2.0, 3.0}
     assert met[100:].count(2.0) > 2 * max(met[100:].count(1.0), met[100:].count(3.0))
@@ -234,45 +240,36 @@ def test_guests_join_cross_play_and_pool(quick, tmp_path, monkeypatch, capsys):
     assert f"guest {first.name}" in json.loads((newest / "cross_play.json").read_text())["names"]
     content = files.load_checkpoint(newest, "phase4")
     guest = files.load_checkpoint(first, "phase4")["agent"]
-    assert torch.equal(content["opponents"]["snapshots"][0][:4], next(iter(guest.values())).flatten()[:4])
+    assert torch.equal(content["opponents"]["pool"][0][:4], next(iter(guest.values())).flatten()[:4])
     assert capsys.readouterr().out.count("best response, trained, gains") == 1
 
 
 def test_the_classical_maker_as_opponent_is_phase3s_rival():
     args, classics, agent = make(opponent="baseline")
-    opponents = phase4.Opponents(args, agent, [], [classics.policies[makers.AVELLANEDA_STOIKOV]])
-    observation, _ = classics.env.reset(seed=0)
+    market = classics.env.env.like(args.rows)
+    opponents = phase4.Opponents(args, agent, [], [classics.policies[name] for name in CLASSICS], market)
+    observation = market.reset(seed=0)[0][:, 1]
     rival = formulas.avellaneda_stoikov(classics.env.env, 0.25, 0.8)
-    opponents.advance(agent, 1, None)
+    opponents.advance(agent, 1, torch.Generator())
     torch.testing.assert_close(opponents.policy(observation), rival(observation))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_the_share_of_rows_with_a_classical_maker_is_what_was_asked_for(share):
-    args, classics, agent = make(num_envs=400, num_makers=3, classical_share=share)
-    classic = classics.policies[makers.AVELLANEDA_STOIKOV]
-    opponents = phase4.Opponents(args, agent, [], [classic])
-    opponents.advance(agent, 1, None)
-    observation, _ = classics.env.like(800).reset(seed=0)  # of two other seats in each of 400 rows
-    rows = round(800 * share)
-    assert opponents.classical_rows(800) == rows
-    played = opponents.policy(observation)
-    torch.testing.assert_close(played[:rows], classic(observation)[:rows])
-    torch.testing.assert_close(played[rows:], opponents.actor.policy(observation)[rows:])
-
-
-def test_classical_makers_take_their_turns():
-    args, classics, agent = make(classical_share=0.5)
-    known = [classics.policies[name] for name in (*CLASSICS, makers.AVELLANEDA_STOIKOV)]
-    opponents = phase4.Opponents(args, agent, [], known)
-    turns = []
-    for iteration in range(1, 7):
-        opponents.advance(agent, iteration, None)
-        turns.append(opponents.turn)
-    assert turns == [0, 1, 2, 0, 1, 2]
-    observation, _ = classics.env.like(12).reset(seed=0)
-    for opponents.turn, classic in enumerate(known):
-        torch.testing.assert_close(opponents.policy(observation)[:6], classic(observation[:6]))
+def test_opponents_have_the_rows_that_were_asked_for(share):
+    args, classics, agent = make(num_envs=200, num_makers=3, episodes=2, classical_share=share, past_share=0.4)
+    known = [classics.policies[name] for name in CLASSICS]
+    market = classics.env.env.like(args.rows)
+    opponents = phase4.Opponents(args, agent, [], known, market)
+    opponents.advance(agent, 1, torch.Generator())
+    marked(opponents.past, 0.1)
+    seen = market.reset(seed=0)[0][:, 1:].flatten(0, 1)  # of two other seats in each of 400 rows
+    ends = [round(400 * share), round(800 * share), round(800 * (share + (1 - share) * 0.4)), 800]
+    played = opponents.policy(seen)
+    assert len(played) == 800
+    first = 0
+    for policy, end in zip((*known, opponents.past.policy, opponents.newest.policy), ends, strict=True):
+        torch.testing.assert_close(played[first:end], policy(seen)[first:end])
+        first = end
 
 
 def test_starts_must_end_alike(tmp_path, monkeypatch, capsys):
