@@ -90,7 +90,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     of its snapshots; the first alone; the second alone (fictitious self-play); or the tuned Avellaneda–Stoikov maker"""
     lag: int = 1
     """how many updates behind the latest opponent is"""
-    past_share: float = 0.5
+    past_share: float = 0.2
     """share of the rows without classical makers in which the opponent is from the pool, with --opponent league"""
     pool_size: int = 16
     """snapshots of the pool, evenly spaced over the run so far"""
