@@ -66,7 +66,7 @@ class Args(QuotingArgs, BatchedRunArgs):
 
     Where the answer is known exactly, without risk aversion and cost:
 
-      python phase3_spread_vs_bs.py --risk-aversion 0 --cost-rate 0
+      python phase3_spread_vs_bs.py --risk-aversion 0 --cost-rate 0 --gamma 0
     """
 
     exp_name: str = Path(__file__).stem
@@ -82,7 +82,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     start: Literal["classic", "neutral"] = "classic"
     """what training starts from: an imitation of the strongest classical maker; or one constant half-spread, without
     skew or tilts"""
-    total_timesteps: int = 6_000_000
+    total_timesteps: int = 8_000_000
     """environment steps of the whole run, over all environments"""
     num_envs: int = 512
     """environments side by side"""
