@@ -23,6 +23,7 @@ from envs.figures.hedging import hedging_report
 from envs.market.dynamics import Dynamics
 from envs.models import ModelArgs, check_unseen, make_model
 from envs.run.args import BatchedRunArgs, check_ppo, check_range
+from envs.run.files import check_memory
 from envs.run.ranks import average_gradients, check_equal_parameters, rank, rank_seed, standardise
 from envs.run.run import Run, run_main
 from envs.run.seeds import EXPLORATION_SEED, SCALE_SEED
@@ -329,8 +330,13 @@ def main(argv) -> bool:
     run = Run.open(Args, argv, PHASE, QUICK)
     args: Args = run.args
     model = make_model(args)
-    if args.evaluate is not None:
-        agent = Agent(make_env(args, model, 1, run.device)).to(run.device)
+    env = make_env(args, model, 1, run.device)
+    size = env.single_observation_space.shape[0]
+    check_memory(1024 * args.eval_episodes, torch.device("cpu"), f"--eval-episodes {args.eval_episodes}")
+    if args.evaluate is None:  # a rollout, and what its market is made of
+        check_memory(96 * args.num_envs * args.num_steps * size, run.device, f"--num-envs {args.num_envs}")
+    else:
+        agent = Agent(env).to(run.device)
         run.load(agent)
         check_unseen(args, run.trained)
     run.begin(args.dynamics, f"{args.dynamics} on {run.device}; trading days (252 a year), currency of S = 100")

@@ -433,6 +433,8 @@ def train(run: Run, model: Dynamics) -> Agent:
         agent=agent, optimizer=optimizer, generator=generator, market_generator=env.generator, counts=counts,
         buffer=buffer if args.save_buffer else None,
     )  # fmt: skip
+    filled = int(buffer.filled)
+    check(0 <= filled <= args.buffer_size, f"{run.folder}: its buffer holds {filled} steps of {args.buffer_size}")
     episode = args.num_envs * args.num_steps
     updates = max(1, round(args.utd * episode))
     warm_up = math.ceil(args.learning_starts / episode)  # iterations of random actions
@@ -512,8 +514,11 @@ def main(argv) -> bool:
     args: Args = run.args
     model = make_model(args)
     env = make_env(args, model, 1, run.device)
-    memory = ReplayBuffer.bytes_needed(args.buffer_size, env.single_observation_space.shape[0])
+    size = env.single_observation_space.shape[0]
+    memory = ReplayBuffer.bytes_needed(args.buffer_size, size)
+    check_memory(1024 * args.eval_episodes, torch.device("cpu"), f"--eval-episodes {args.eval_episodes}")
     if args.evaluate is None:
+        check_memory(96 * args.num_envs * args.num_steps * size, run.device, f"--num-envs {args.num_envs}")
         check_memory(memory, run.device, f"--buffer-size {args.buffer_size}")
     else:
         agent = Agent(env, args.hidden_size).to(run.device)

@@ -431,9 +431,11 @@ def main(argv) -> bool:
     args: Args = run.args
     model = make_model(args, dt=0.5 / TRADING_DAYS)
     fitted = model.garch if isinstance(model, Historical) else model  # what the makers know
-    market = make_market(args, fitted, args.tuning_episodes, run.device)
+    size = make_market(args, fitted, 1, run.device).noise_size
     for flag, rows in (("--num-envs", max(args.num_envs, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
-        check_memory(3 * 4 * rows * market.noise_size, run.device, f"{flag} {rows}")  # noise, marks and a copy
+        check_memory(3 * 4 * rows * size, run.device, f"{flag} {rows}")  # noise, marks and a copy
+    check_memory(1024 * args.eval_episodes, torch.device("cpu"), f"--eval-episodes {args.eval_episodes}")
+    market = make_market(args, fitted, args.tuning_episodes, run.device)
     if args.evaluate is not None:
         agent = Agent(market).to(run.device)
         check_options(args, run.trained)
@@ -441,11 +443,11 @@ def main(argv) -> bool:
         check_unseen(args, run.trained)
     run.begin(args.dynamics, f"{args.dynamics} on {run.device}; edges in vol points, vega per vol point, S = 100")
     print("the classical makers, tuned, are the rival and what has to be beaten …", flush=True)
-    classics = classical_makers(
-        market, args.rival_spread, args.rival_risk_aversion, known=run.saved("makers"), origin=run.saved("origin")
-    )
-    if args.evaluate is None:
-        with run.training(BadQuote):  # a quote that is NaN
+    with run.training(BadQuote):  # a quote that is NaN
+        classics = classical_makers(
+            market, args.rival_spread, args.rival_risk_aversion, known=run.saved("makers"), origin=run.saved("origin")
+        )
+        if args.evaluate is None:
             agent = train(run, classics)
     if rank() > 0:
         return True  # the first process benchmarks

@@ -8,6 +8,7 @@ All the finance is in envs/. Copy this file, change thirty lines, run it.
 
 import copy
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -377,6 +378,8 @@ class Opponents(nn.Module):
 
     def set_extra_state(self, state: list[int]) -> None:
         self.stored, self.spacing = map(int, state)
+        fits = 0 <= self.stored <= self.args.pool_size and self.spacing >= 1
+        check(fits, "the run to resume does not fit this script, its pool has other sizes")
 
     @torch.no_grad()
     def advance(self, agent: Agent, iteration: int, generator: torch.Generator) -> None:
@@ -656,18 +659,17 @@ def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
     best = agent
     best_gain = 0.0
     evaluations = {math.ceil(args.num_iterations * (i + 1) / 10) for i in range(10)}
-    progress = progress_bar(args.num_iterations * args.steps_per_iteration)
-    for iteration in range(1, args.num_iterations + 1):
-        anneal(optimizer, args, iteration)
-        iterate()
-        progress.update(args.steps_per_iteration)
-        if iteration in evaluations:
-            gain = validation(average.policy)[validation.gain]
-            if gain > best_gain:
-                best = copy.deepcopy(average)
-                best_gain = gain
-            progress.set_description(f"best response to the agent gains {best_gain:+.3f}")
-    progress.close()
+    with progress_bar(args.num_iterations * args.steps_per_iteration) as progress:
+        for iteration in range(1, args.num_iterations + 1):
+            anneal(optimizer, args, iteration)
+            iterate()
+            progress.update(args.steps_per_iteration)
+            if iteration in evaluations:
+                gain = validation(average.policy)[validation.gain]
+                if gain > best_gain:
+                    best = copy.deepcopy(average)
+                    best_gain = gain
+                progress.set_description(f"best response to the agent gains {best_gain:+.3f}")
     return best
 
 
@@ -699,12 +701,12 @@ def benchmark(
 def load_guests(run: Run, market: QuotingEnv) -> dict[str, Tensor]:
     """Snapshots of the agents of other runs, by the names of their folders; a checkpoint has its own guests."""
     if run.checkpoint is not None and run.args.guests == run.trained.guests:
-        return {name: guest.to(run.device) for name, guest in run.checkpoint.get("guests", {}).items()}
+        return run.load_vectors("guests", len(to_vector(Agent(market))))
     guests = {}
     for source in run.args.guests:
         guest = Agent(market).to(run.device)
         load_weights(guest, load_checkpoint(source, PHASE, ["agent"])["agent"], f"--guests {source}")
-        name = f"guest {(Path(source) if Path(source).is_dir() else Path(source).parent).resolve().name}"
+        name = f"guest {(Path(source) if os.path.isdir(source) else Path(source).parent).resolve().name}"
         check(name not in guests, f"--guests {source}: another guest has the same name")
         guests[name] = to_vector(guest)
     return guests
@@ -716,9 +718,14 @@ def main(argv) -> bool:
     args: Args = run.args
     model = make_model(args, dt=0.5 / TRADING_DAYS)
     fitted = model.garch if isinstance(model, Historical) else model  # what the makers know
+    size = make_market(args, fitted, 1, run.device).noise_size
+    for flag, rows in (
+        (f"--num-envs {args.num_envs} with --episodes {args.episodes}", max(args.rows, EPISODES)),
+        (f"--tuning-episodes {args.tuning_episodes}", args.tuning_episodes),
+    ):
+        check_memory(3 * 4 * rows * size, run.device, flag)  # noise, marks and a copy
+    check_memory(1024 * args.eval_episodes, torch.device("cpu"), f"--eval-episodes {args.eval_episodes}")
     market = make_market(args, fitted, args.tuning_episodes, run.device)
-    for flag, rows in (("--num-envs", max(args.rows, EPISODES)), ("--tuning-episodes", args.tuning_episodes)):
-        check_memory(3 * 4 * rows * market.noise_size, run.device, f"{flag} {rows}")  # noise, marks and a copy
     agent = Agent(market).to(run.device)
     kept = args.pool_size + args.lag
     check_memory(8 * kept * len(to_vector(agent)), run.device, f"{kept} past selves (--lag, --pool-size)")
@@ -730,9 +737,9 @@ def main(argv) -> bool:
     guests = load_guests(run, market)
     run.begin(args.dynamics, f"{args.dynamics} on {run.device}; edges in vol points, vega per vol point, S = 100")
     print("the classical makers, tuned, are what has to be beaten …", flush=True)
-    classics = classical_makers(market, known=run.saved("makers"), origin=run.saved("origin"))
     response = None
     with run.training(BadQuote):  # a quote that is NaN
+        classics = classical_makers(market, known=run.saved("makers"), origin=run.saved("origin"))
         if args.evaluate is None:
             agent, snapshots = train(run, classics, guests)
         if args.exploitability and args.dynamics != "historical":

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import tyro
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -33,8 +32,10 @@ from envs.benchmark.makers import Makers, classical_makers
 from envs.benchmark.report import Table
 from envs.market.units import TRADING_DAYS
 from envs.models import make_model
+from envs.run.args import check_range, parse_args
+from envs.run.errors import check
 from envs.run.files import new_folder, read_metrics
-from envs.run.run import Run
+from envs.run.run import Run, run_main
 
 
 @dataclass
@@ -57,7 +58,19 @@ class Args:
     """also measure Stable-Baselines3 on the same batched markets: PPO with the phase's rollout, minibatches and
     epochs; SAC with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
 
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work, in any of the phases."""
+        check_range(self, 1, 1024, "torch_threads")
+        check_range(self, 2, 10**6, "iterations")
+        for flag, values in (("--phases", self.phases), ("--num-envs", self.num_envs), ("--modes", self.modes)):
+            check(len(values) > 0, f"{flag} is empty (one or more)")
+        for num_envs in self.num_envs:
+            for mode in self.modes:
+                for name in self.phases:
+                    phase_arguments(MODULES[name], self, num_envs, mode).check()
 
+
+MODULES = {"phase1": phase1, "phase2": phase2, "phase3": phase3, "phase4": phase4}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -68,38 +81,31 @@ def trained_speed(module, phase_args, *market) -> float:
         return read_metrics(Path(folder) / "metrics.csv")[-1]["charts/SPS"]
 
 
-def run_settings(mode: str) -> dict:
-    return {
-        "num_evaluations": 2,
-        "save_model": False,
-        "cudagraphs": mode == "cudagraphs",
-        "compile": mode == "compile",
-    }
+def phase_arguments(module, args: Args, num_envs: int, mode: str, **changes):
+    """The phase's own arguments: its defaults, but for what is measured and `changes`."""
+    defaults = module.Args()
+    settings = {"num_envs": num_envs, "num_evaluations": 2, "save_model": False}
+    settings |= {"cudagraphs": mode == "cudagraphs", "compile": mode == "compile"}
+    if module in (phase1, phase2):
+        settings["dynamics"] = args.dynamics
+    if module is phase2:
+        episode = num_envs * defaults.num_steps
+        settings |= {"utd": max(defaults.utd, 1 / episode), "learning_starts": 0, "buffer_size": max(100_000, episode)}
+    phase_args = module.Args(**{**settings, **changes})
+    phase_args.total_timesteps = args.iterations * phase_args.steps_per_iteration
+    return phase_args
 
 
 def phase1_speed(args: Args, num_envs: int, mode: str) -> float:
-    phase_args = phase1.Args(
-        num_envs=num_envs,
-        dynamics=args.dynamics,
-        total_timesteps=args.iterations * num_envs * 30,
-        **run_settings(mode),
-    )
+    phase_args = phase_arguments(phase1, args, num_envs, mode)
     return trained_speed(phase1, phase_args, make_model(phase_args))
 
 
 def phase2_speed(args: Args, num_envs: int, mode: str, **changes) -> tuple[float, float]:
     """Environment steps and updates a second; with the default ratio of the two unless `changes` say otherwise."""
-    defaults = phase2.Args()
-    episode = num_envs * defaults.num_steps
-    settings = {"utd": max(defaults.utd, 1 / episode), "learning_starts": 0, "buffer_size": max(100_000, episode)}
-    phase_args = phase2.Args(
-        **{**settings, **changes},
-        num_envs=num_envs,
-        dynamics=args.dynamics,
-        total_timesteps=args.iterations * episode,
-        **run_settings(mode),
-    )
+    phase_args = phase_arguments(phase2, args, num_envs, mode, **changes)
     speed = trained_speed(phase2, phase_args, make_model(phase_args))
+    episode = num_envs * phase_args.num_steps
     return speed, speed * round(phase_args.utd * episode) / episode
 
 
@@ -111,9 +117,8 @@ def phase3_market(num_envs: int) -> Makers:
 
 def quoting_speed(module, args: Args, num_envs: int, mode: str) -> float:
     """Steps a second of phase 3 or 4: of the agent, not of all the makers."""
-    phase_args = module.Args(num_envs=num_envs, total_timesteps=args.iterations * num_envs * 60, **run_settings(mode))
     guests = ({},) if module is phase4 else ()
-    return trained_speed(module, phase_args, phase3_market(64), *guests)
+    return trained_speed(module, phase_arguments(module, args, num_envs, mode), phase3_market(64), *guests)
 
 
 def environment_speed(env: HedgingEnv | AgainstRivals) -> float:
@@ -202,8 +207,9 @@ def stable_baselines3_sac(env: HedgingEnv, steps: int = 600) -> tuple[float, flo
     return steps * env.num_envs / seconds, steps / seconds
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(argv) -> bool:
+    args = parse_args(Args, argv)
+    args.check()
     torch.set_num_threads(args.torch_threads)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} CPU cores"
     rows = []  # environments, what, steps/s, updates/s
@@ -229,9 +235,10 @@ def main() -> None:
                 small = {"batch_size": 256, "hidden_size": 64, "utd": 1 / num_envs}
                 measured(num_envs, "phase 2, 64×64, 256 a batch", *phase2_speed(args, num_envs, "eager", **small))
                 measured(num_envs, "Stable-Baselines3 SAC, the same", *stable_baselines3_sac(env))
-        for name, module in (("phase3", phase3), ("phase4", phase4)):
+        for name in ("phase3", "phase4"):
             if name not in args.phases:
                 continue
+            module = MODULES[name]
             env = phase3_market(num_envs).env
             number = name[-1]
             measured(num_envs, f"phase {number}'s market and rival alone", environment_speed(env))
@@ -244,7 +251,8 @@ def main() -> None:
     folder = new_folder(Path("runs/throughput"))
     (folder / "throughput.md").write_text(f"{table}\n\n{machine}\n", encoding="utf-8")
     print(f"\n{table}\n\n{machine}; report: {folder}")
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, sys.argv[1:])

@@ -1,10 +1,10 @@
 """The market that the flags describe: the model of the underlying, the market of makers, the smile."""
 
 import math
+import os
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
@@ -17,10 +17,11 @@ from envs.market.hedging import Option
 from envs.market.history import Historical, fit_garch, load_closes
 from envs.market.quoting import moneyness_grid
 from envs.market.units import TRADING_DAYS
-from envs.run.args import check_range
+from envs.run.args import check_range, short
 from envs.run.errors import UsageError, check
 from envs.run.files import load_checkpoint
 
+MOST_DAYS = 504  # trading days to the last maturity of a calibrated smile
 NAMES = ("gbm", "garch", "heston", "merton", "marlvol", "historical")
 
 
@@ -51,6 +52,7 @@ class ModelArgs:
         check(calibrated or not named or self.evaluate, "--marlvol-checkpoint needs --dynamics marlvol")
         fitted = self.dynamics == "garch" or self.evaluate
         check(fitted or not (self.history or self.history_end), "--history and --history-end need --dynamics garch")
+        day_of(self.history_end)
         check_range(self, 1, 2520, "num_steps")
         check_range(self, 1e-3, 10, "volatility")
         most = 3 / math.sqrt(self.num_steps / TRADING_DAYS)  # beyond, the spot is as good as zero at the end
@@ -60,6 +62,18 @@ class ModelArgs:
         """Raises UsageError if the model ends before the options do."""
         last = model.last_step
         check(self.num_steps <= last, f"--num-steps is {self.num_steps} (at most {last}: the smile ends there)")
+
+
+def day_of(history_end: str | None) -> date:
+    """The day that --history-end names; the last of all if it names none.
+
+    Raises:
+        UsageError: no day.
+    """
+    try:
+        return date.max if history_end is None else date.fromisoformat(history_end)
+    except ValueError:
+        raise UsageError(f"--history-end is {history_end!r} (a day, YYYY-MM-DD)") from None
 
 
 @dataclass
@@ -83,6 +97,10 @@ class HestonArgs(ModelArgs):
         check_range(self, 1e-3, 100, "mean_reversion")
         check_range(self, 1e-3, 3, "vol_of_vol")
         check_range(self, -1, 1, "correlation")
+        # Beyond, the variance is zero in all but one of a million paths, and rounding loses that one
+        most = self.volatility * math.sqrt(2e6 * self.mean_reversion)
+        allowed = f"at most {most:.2g} with this --volatility and --mean-reversion"
+        check(self.dynamics != "heston" or self.vol_of_vol <= most, f"--vol-of-vol is {self.vol_of_vol} ({allowed})")
 
 
 @dataclass
@@ -151,12 +169,12 @@ class QuotingArgs(HestonArgs):
         check_range(self, 0, 1, "informed_share")
         for flag, values in (("--moneyness", self.moneyness), ("--expiries", self.expiry_steps)):
             increasing = len(values) > 0 and all(a < b for a, b in pairwise(values))
-            check(increasing, f"{flag} is {' '.join(f'{x:g}' for x in values) or 'empty'} (one or more, increasing)")
+            check(increasing, f"{flag} is {' '.join(short(x) for x in values) or 'empty'} (one or more, increasing)")
         for z in self.moneyness:
             check(abs(z) <= 5, f"--moneyness has {z:g} (at least -5, at most 5)")
         first, last = self.expiry_steps[0], self.expiry_steps[-1]
-        check(first >= self.num_steps, f"--expiries begins at {first} (at least --num-steps = {self.num_steps})")
-        check(last <= 2520, f"--expiries ends at {last} (at most 2520)")
+        check(first >= self.num_steps, f"--expiries begins at {short(first)} (at least --num-steps = {self.num_steps})")
+        check(last <= 2520, f"--expiries ends at {short(last)} (at most 2520)")
         number = len(self.moneyness) * len(self.expiry_steps)
         check(number <= 100, f"--moneyness × --expiries are {number} options (at most 100)")
         check_range(self, 0, 0.5, "cost_rate")
@@ -181,7 +199,7 @@ class SmileArgs:
         super().check()
         check_range(self, 0, math.inf, "smile_spot", open_low=True)
         if self.num_steps is not None:
-            check_range(self, FIRST_JUDGED + 1, 504, "num_steps")
+            check_range(self, FIRST_JUDGED + 1, MOST_DAYS, "num_steps")
         own = self.smile not in smiles.SURFACES
         check(own or self.smile_spot == 1.0, "--smile-spot is for a --smile from a CSV")
         check(own or not self.allow_arbitrage, "--allow-arbitrage is for a --smile from a CSV")
@@ -197,11 +215,12 @@ def make_surface(args: SmileArgs) -> tuple[smiles.Surface, list[quotes.Fit]]:
     surface = smiles.SURFACES.get(args.smile)
     if surface is None:
         names = ", ".join(smiles.SURFACES)
-        check(Path(args.smile).is_file(), f"--smile is {args.smile!r} (one of {names}, or a CSV file)")
+        check(os.path.isfile(args.smile), f"--smile is {args.smile!r} (one of {names}, or a CSV file)")
         try:
             surface, fits = quotes.load(args.smile, args.smile_spot, args.allow_arbitrage)
         except ValueError as error:
-            raise UsageError(str(error)) from None
+            where = "" if args.smile in str(error) else f"{args.smile}: no smile can be fitted to it, "
+            raise UsageError(f"{where}{error}") from None
     last = last_day(surface)
     shortest = FIRST_JUDGED + 1
     check(last >= shortest, f"--smile is {args.smile}, which ends after {last} days (at least {shortest})")
@@ -239,22 +258,24 @@ def _make_model(args: ModelArgs, dt: float) -> Dynamics:
         return load_market(args.marlvol_checkpoint, dt)
     if args.dynamics not in ("garch", "historical"):
         raise ValueError(f"unknown dynamics {args.dynamics!r} (one of {', '.join(NAMES)})")
-    return _model_of_closes(args.history, args.history_end, args.num_steps, args.dynamics == "historical")
+    return _model_of_closes(args.history, day_of(args.history_end), args.num_steps, args.dynamics == "historical")
 
 
-def _model_of_closes(path: str | None, last: str | None, num_steps: int, replay: bool) -> GARCH | Historical:
+def _model_of_closes(path: str | None, last: date, num_steps: int, replay: bool) -> GARCH | Historical:
     """garch fitted to the closes up to the day `last`, or with `replay` the closes after it.
 
     Raises:
         ValueError: unusable data, or fewer than twelve episodes to replay: no interval means anything then.
     """
-    try:
-        last_day = date.fromisoformat(last) if last is not None else date.max
-    except ValueError:
-        raise ValueError(f"--history-end is {last!r} (a day, YYYY-MM-DD)") from None
     dates, closes = load_closes(path)
-    in_sample = dates <= np.datetime64(last_day)
-    garch = fit_garch(closes[in_sample])
+    source = path or "S&P 500"
+    in_sample = dates <= np.datetime64(last)
+    try:
+        garch = fit_garch(closes[in_sample])
+    except ValueError as error:
+        until = "" if last == date.max else f" until {last}"
+        hint = "try other --history or --history-end, or --dynamics heston"
+        raise ValueError(f"closes of {source}{until}: {error}; {hint}") from None
     if not replay:
         return garch
     after = int((~in_sample).sum())
@@ -263,7 +284,6 @@ def _model_of_closes(path: str | None, last: str | None, num_steps: int, replay:
         raise ValueError(f"historical replays the closes after --history-end: there are {after} ({allowed})")
     # The last close of the fitting period opens the first window: its return belongs to the evaluation.
     first = int(in_sample.sum()) - 1
-    source = path or "S&P 500"
     return Historical(closes[first:], garch, warm_up=closes[: first + 1], dates=dates[first:], source=source)
 
 
@@ -276,10 +296,22 @@ def load_market(path: str, dt: float = 1 / TRADING_DAYS) -> Marlvol:
     content = load_checkpoint(path, "phase0")
     if "market" not in content:
         raise ValueError(f"{path}: the run has not been finished, so there is no market in it (--resume)")
+    market = content["market"]
+    check(_of_known_size(market), f"{path}: does not fit this script, its market is of another kind")
     try:
-        return Marlvol(content["market"], dt)
+        return Marlvol(market, dt)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _of_known_size(market) -> bool:
+    """Whether a saved market has as many players, days and maturities as phase 0 makes: memory is taken for each."""
+    try:
+        game, surface = market["game"], market["surface"]
+        same = game.keys() == {"num_steps", "task", "state", "action_map"} and type(game["num_steps"]) is int
+        return same and game["num_steps"] <= MOST_DAYS and len(surface.get("maturities", [])) <= MOST_DAYS
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def check_options(args: QuotingArgs, trained: QuotingArgs) -> None:
@@ -295,6 +327,7 @@ def check_unseen(args: ModelArgs, trained: ModelArgs) -> None:
     """Raises `UsageError` if an agent would be evaluated on real closes that it was trained on."""
     if args.dynamics == "historical" and trained.dynamics == "garch":
         seen = trained.history_end
-        apart = trained.history == args.history and seen is not None and seen <= args.history_end
+        known = seen is not None and trained.history == args.history
+        apart = known and day_of(seen) <= day_of(args.history_end)
         until = f"closes of {trained.history or 'the S&P 500'} until {seen or 'their end'}"
         check(apart, f"--history-end is {args.history_end}, but the agent was trained on {until}")

@@ -168,6 +168,30 @@ def test_sampled_actions_and_wrappers(name):
     assert (info["episode"]["l"] == 5).all()
 
 
+@pytest.mark.parametrize("name", IDS)
+def test_actions_that_cannot_be_played(name):
+    settings, action = IDS[name]
+    vector = gym.make_vec(name, num_envs=3, **settings)
+    single = gym.make(name, **settings).unwrapped
+    vector.reset(seed=0)
+    single.reset(seed=0)
+    for value in (np.nan, np.inf, -np.inf):
+        bad = np.tile(action, (3, 1))
+        bad[2, 1] = value
+        with pytest.raises(ValueError, match=f"number 1 of the action in environment 2 is {value}"):
+            vector.step(bad)
+        with pytest.raises(ValueError, match=f"number 1 of the action in environment 0 is {value}"):
+            single.step(bad[2])
+    for shape in ((3, len(action) + 1), (2, len(action)), (len(action),), (3, 1, len(action)), ()):
+        with pytest.raises(ValueError, match="actions have the shape"):
+            vector.step(np.zeros(shape, np.float32))
+    for shape in ((len(action) - 1,), (1, len(action)), ()):
+        with pytest.raises(ValueError, match="actions have the shape"):
+            single.step(np.zeros(shape, np.float32))
+    _, reward, *_ = vector.step(np.tile(action, (3, 1)))  # nothing has been lost
+    assert np.isfinite(reward).all()
+
+
 def test_rivals_are_those_that_are_asked_for():
     settings, action = IDS["OptionQuoting-v0"]
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pytest
 import torch
-from common import MARKET_PHASES, PHASES, SP500_GARCH, model_called
+from common import MARKET_PHASES, PHASES, SP500_GARCH, dupire_market, model_called
 
 from envs import models
 from envs.market import dynamics
@@ -56,8 +56,6 @@ def test_historical_needs_closes_after_the_fit():
         make_model(Args(dynamics="garch", history_end="1999-06-30"))
     with pytest.raises(ValueError, match="--dynamics is 'levy'"):
         Args(dynamics="levy").check()
-    with pytest.raises(UsageError, match=r"--history-end is '2010-13-01' \(a day, YYYY-MM-DD\)"):
-        make_model(Args(dynamics="garch", history_end="2010-13-01"))
     with pytest.raises(UsageError, match=r"after --history-end: there are \d+ \(at least 360, twelve episodes\)"):
         make_model(Args(dynamics="historical", history_end="2017-12-29"))
 
@@ -78,6 +76,25 @@ def test_own_history(tmp_path):
     assert str(replayed.dates[0]) == last
 
 
+def test_closes_that_garch_does_not_fit(tmp_path):
+    path = tmp_path / "closes.csv"
+    days = np.arange(np.datetime64("2000-01-03"), np.datetime64("2000-01-03") + 600)
+    path.write_text("date,close\n" + "".join(f"{day},100\n" for day in days))
+    with pytest.raises(UsageError) as refusal:
+        make_model(Args(dynamics="garch", history=str(path), history_end="2001-07-01"))
+    start, end = str(refusal.value).split(": ", 1)
+    assert start == f"closes of {path} until 2001-07-01"
+    assert end.endswith("; try other --history or --history-end, or --dynamics heston")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a/" * 3000, "nul\0", "\ud800", "\n", "."])
+def test_paths_that_no_file_can_have(path):
+    with pytest.raises(UsageError, match="no such file"):
+        make_model(Args(dynamics="garch", history=path))
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        make_model(Args(dynamics="marlvol", marlvol_checkpoint=path))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -86,6 +103,8 @@ def test_own_history(tmp_path):
         ({"marlvol_checkpoint": "x"}, "--marlvol-checkpoint needs --dynamics marlvol"),
         ({"history_end": "2010-12-31"}, "--history and --history-end need --dynamics garch"),
         ({"history": "closes.csv", "dynamics": "merton"}, "--history and --history-end need --dynamics garch"),
+        ({"dynamics": "garch", "history_end": "2010-13-01"}, "--history-end is '2010-13-01' (a day, YYYY-MM-DD)"),
+        ({"dynamics": "garch", "history_end": ""}, "--history-end is '' (a day, YYYY-MM-DD)"),
         ({"num_steps": 0}, "--num-steps is 0 (at least 1, at most 2520)"),
         ({"volatility": float("nan")}, "--volatility is nan (at least 0.001, at most 10)"),
         ({"volatility": 4.0, "num_steps": 252}, "--volatility is 4.0 (at most 3 over --num-steps)"),
@@ -126,6 +145,8 @@ def test_flags_of_a_market_of_makers_that_cannot_work(flag, value):
         ({"moneyness": (-6.0, 0.0)}, "--moneyness has -6 (at least -5, at most 5)"),
         ({"expiries": ()}, "--expiries is empty (one or more, increasing)"),
         ({"expiries": (120, 60)}, "--expiries is 120 60 (one or more, increasing)"),
+        ({"expiries": (-(10**400), 0, 0)}, "--expiries is -1e400 0 0 (one or more, increasing)"),
+        ({"expiries": (10**400,)}, "--expiries ends at 1e400 (at most 2520)"),
         ({"expiries": (59, 120)}, "--expiries begins at 59 (at least --num-steps = 60)"),
         ({"expiries": (120, 3000)}, "--expiries ends at 3000 (at most 2520)"),
         ({"expiries": tuple(range(60, 81))}, "--moneyness × --expiries are 105 options (at most 100)"),
@@ -209,6 +230,12 @@ def test_closes_that_an_agent_was_trained_on():
     assert refused(seen, {"history_end": "2010-12-31"}) is None
     assert refused(seen, {"history_end": "2014-12-31"}) is None
     assert refused({"dynamics": "gbm"}, {"history_end": "2000-12-31"}) is None
+    for written in ("20101231", "2010-W52-5"):  # the same day
+        assert refused(seen, {"history_end": written}) is None
+        assert refused({**seen, "history_end": written}, {"history_end": "2010-12-31"}) is None
+    for written in ("20100104", "2010-W01-1", "2010-12-30"):  # days before, though some are behind it as text
+        assert "was trained on closes" in refused(seen, {"history_end": written})
+    assert "--history-end is 'then'" in refused({**seen, "history_end": "then"}, {"history_end": "2014-12-31"})
     message = refused(seen, {"history_end": "2009-12-31"})
     assert message == "--history-end is 2009-12-31, but the agent was trained on closes of the S&P 500 until 2010-12-31"
     assert "until their end" in refused({"dynamics": "garch"}, {"history_end": "2009-12-31"})
@@ -226,6 +253,17 @@ def test_markets_that_cannot_be_loaded(tmp_path):
         models.load_market(str(tmp_path))
     save_checkpoint(path, {**content, "market": {"tables": None}})
     with pytest.raises(ValueError, match=r"checkpoint.pt: does not fit this script, its market is of another kind"):
+        models.load_market(str(path))
+    market = dupire_market()
+    save_checkpoint(path, {**content, "market": market})
+    assert models.load_market(str(path)).last_step == 51
+    for game in ({"num_runs": 10**7}, {"num_steps": 10**7}, {"num_steps": "51"}, {"task": ["local-vol"]}):
+        save_checkpoint(path, {**content, "market": {**market, "game": {**market["game"], **game}}})
+        with pytest.raises(ValueError, match="its market is of another kind"):
+            models.load_market(str(path))
+    maturities = {"maturities": [(1 + i) / 252 for i in range(10**5)], "slices": [[0.04, 0.4, -0.5, 0.0, 0.1]] * 10**5}
+    save_checkpoint(path, {**content, "market": {**market, "surface": maturities}})
+    with pytest.raises(ValueError, match="its market is of another kind"):
         models.load_market(str(path))
     save_checkpoint(path, {**content, "phase": "phase1"})
     with pytest.raises(UsageError, match="a checkpoint of phase1, not of phase0"):

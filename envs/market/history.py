@@ -2,8 +2,8 @@
 
 import csv
 import math
+import os
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def load_closes(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     if path is None:
         frame = sp500.load()
         return frame.index.values.astype("datetime64[D]"), frame["Adj Close"].to_numpy(dtype=np.float64)
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     dates = []
     closes = []

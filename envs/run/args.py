@@ -2,17 +2,19 @@
 
 import contextlib
 import io
-import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
 
 from envs.run.errors import UsageError, check
-from envs.run.files import load_checkpoint
+from envs.run.files import hold, load_checkpoint, read_json
 from envs.run.ranks import world_size
 
 
@@ -57,7 +59,8 @@ class RunArgs:
         """Raises UsageError for the first argument that cannot work."""
         check_range(self, 1, 1024, "torch_threads")
         letters = self.exp_name.replace("-", "").replace("_", "").replace(".", "")
-        check(letters.isalnum() and len(self.exp_name) < 100, f"--exp-name is {self.exp_name!r} (a file name)")
+        fits = letters.isalnum() and len(os.fsencode(self.exp_name)) < 100
+        check(fits, f"--exp-name is {self.exp_name!r} (letters, digits and -_. for a file name, under 100 bytes)")
         if self.trains:
             check_range(self, 0, 999_999, "seed")  # see envs/run/seeds.py
             check_range(self, 1, 2**20, "num_evaluations")
@@ -101,10 +104,17 @@ def check_range(args, low: float, high: float, *fields: str, open_low: bool = Fa
     """Raises `UsageError` unless low ≤ value ≤ high (low < value with `open_low`) for every named field of `args`."""
     for field in fields:
         value = getattr(args, field)
-        inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
-        left = f"more than {low:g}" if open_low else f"at least {low:g}"
-        allowed = left if high == math.inf else f"{left}, at most {high:g}"
+        inside = -math.inf < value < math.inf and value <= high and (value > low if open_low else value >= low)
+        left = f"more than {short(low)}" if open_low else f"at least {short(low)}"
+        allowed = left if high == math.inf else f"{left}, at most {short(high)}"
         check(inside, f"--{field.replace('_', '-')} is {value} ({allowed})")
+
+
+def short(number: float) -> str:
+    """A number in six digits; of integers that no float can hold, how large they are."""
+    if isinstance(number, float) or abs(number) < 10**300:
+        return f"{number:g}"
+    return f"{'-' if number < 0 else ''}1e{math.log10(abs(number)):.0f}"
 
 
 def check_choice(args, field: str, names) -> None:
@@ -177,6 +187,7 @@ def parse_command(args_class: type, argv: Sequence[str], phase: str):
                 setattr(default, name, False)
         return parse_args(args_class, argv, default=default), checkpoint, trained
     if args.resume is not None:
+        hold(args.resume)
         checkpoint, trained = _run_to_resume(args_class, args.resume, phase)
         args = parse_args(args_class, argv, default=trained)
         _check_same_run(args, trained, checkpoint)
@@ -187,15 +198,12 @@ def parse_command(args_class: type, argv: Sequence[str], phase: str):
 def _run_to_resume(args_class: type, folder: str, phase: str):
     """Checkpoint (None if the run was stopped before its first) and arguments of the run in `folder`."""
     saved = Path(folder) / "args.json"
-    if (Path(folder) / "checkpoint.pt").exists() or not saved.exists():
+    if os.path.lexists(Path(folder) / "checkpoint.pt") or not os.path.lexists(saved):
         checkpoint = load_checkpoint(folder, phase, ["args", "agent", "iteration", "rows", "tracker"])
         content = checkpoint["args"]
     else:
         checkpoint = None
-        try:
-            content = json.loads(saved.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UsageError(f"{saved}: damaged") from None
+        content = read_json(saved)
     trained = saved_args(args_class, content, folder)
     trained.resume = trained.evaluate = None
     return checkpoint, trained
@@ -215,21 +223,28 @@ def saved_args(args_class: type, content, source: str):
     """The dataclass `args_class` from a saved dict; unknown names are dropped, missing ones have their defaults.
 
     Raises:
-        UsageError: a value of another type than the default's.
+        UsageError: a value that the command line could not have given.
     """
     args = args_class()
     check(isinstance(content, dict), f"{source}: does not fit this script, its arguments are not a dict")
-    lists = {field.name for field in fields(args_class) if "tuple" in str(field.type)}
+    hints = get_type_hints(args_class)
     for name, default in vars(args).items():
         value = content.get(name, default)
         if isinstance(value, list):  # as JSON has a tuple
             value = tuple(value)
-        fits = type(value) is type(default)
-        if default is None:
-            numbers = name in lists and isinstance(value, tuple) and all(type(x) is int for x in value)
-            fits = numbers or type(value) in (type(None), str, int, float)
-        if fits and isinstance(default, tuple):
-            fits = all(type(x) is (type(default[0]) if default else str) for x in value)
-        check(fits, f"{source}: does not fit this script, its {name} is a {type(value).__name__}")
+        what = f"its {name} is {value!r}, a {type(value).__name__}"
+        check(_fits(value, hints[name]), f"{source}: does not fit this script, {what}")
         setattr(args, name, value)
     return args
+
+
+def _fits(value, hint) -> bool:
+    """Whether `value` is of the type that the hint of a flag says: int is not float, and bool is neither."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return type(value) is str and value in parts
+    if origin is tuple and parts[1:] == (...,):
+        return type(value) is tuple and all(_fits(x, parts[0]) for x in value)
+    return type(value) is (origin or hint)

@@ -12,13 +12,15 @@ A phase script opens a run, says what to keep in its checkpoint, and goes throug
             run.log({...})                                                # metrics.csv, W&B, checkpoint, bar
     return run.finish(result, figures)
 
-Exit codes: 0 benchmark passed, 1 benchmark failed, 2 bad input, 3 an error or a run that diverged, 130 Ctrl-C.
+Exit codes: 0 benchmark passed, 1 benchmark failed, 2 bad input, 3 an error or a run that diverged, 130 Ctrl-C or
+SIGTERM, 141 nobody reads the output (`| head`).
 """
 
 import contextlib
 import inspect
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -31,13 +33,25 @@ import torch
 from tqdm import tqdm
 
 from envs.run.args import parse_args, parse_command
-from envs.run.errors import DivergenceError, RankLost, UsageError, check
-from envs.run.files import MetricsFile, load_checkpoint, load_weights, new_folder, save_checkpoint, write_json
+from envs.run.errors import DivergenceError, RankLost, UsageError, check, one_line
+from envs.run.files import (
+    MetricsFile,
+    clear,
+    hold,
+    let_go,
+    load_checkpoint,
+    load_weights,
+    new_folder,
+    replacing_files,
+    save_checkpoint,
+    write_json,
+)
+from envs.run.forms import fits, same_form, tensors_in
 from envs.run.graph import cuda_graph
 from envs.run.ranks import gather, join_ranks, leave_ranks, rank, rank_seed, world_size
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # a checkpoint of another kind
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 class Run:
@@ -113,7 +127,10 @@ class Run:
         self.folder = folder
         if args.resume is None:
             self.folder = new_folder(folder)
+            hold(self.folder)
             write_json(self.folder / "args.json", asdict(args))
+        elif rank() == 0:
+            clear(self.folder)
         print(f"{self.folder}: {message}", flush=True)
 
     def saved(self, name: str):
@@ -132,15 +149,15 @@ class Run:
         load_weights(agent, self.checkpoint["agent"], self.args.evaluate)
 
     def load_vectors(self, name: str, length: int) -> dict[str, torch.Tensor]:
-        """The vectors of `length` numbers, by name, in an entry of the checkpoint that --evaluate names."""
-        source = self.args.evaluate
+        """The vectors of `length` numbers, by name, in an entry of the checkpoint that --evaluate or --resume names."""
+        source = self.args.evaluate or self.args.resume
         vectors = self.checkpoint.get(name)
         check(isinstance(vectors, dict), f"{source}: does not fit this script, it has no {name}")
         for key, vector in vectors.items():
-            fits = isinstance(vector, torch.Tensor) and vector.shape == (length,)
+            fits = isinstance(key, str) and same_form(vector, torch.empty(length))
             what = f"{source}: {name.removesuffix('s')} {key!r} does not fit this market"
             check(fits, f"{what}, it is not of {length} numbers")
-        return vectors
+        return {key: vector.to(self.device) for key, vector in vectors.items()}
 
     def settings(self) -> dict:
         """The run in the settings of the report."""
@@ -154,13 +171,19 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, *diverged: type[Exception]):
-        """Within it a lost process, or one of the errors that mean NaN, names the last good checkpoint."""
+        """Within it a lost process, or one of the errors that mean NaN, names the last good checkpoint.
+
+        However it ends, the progress bar is closed, so that what is printed next has a line of its own.
+        """
         try:
             yield
         except RankLost as error:
             raise DivergenceError(f"{error}; {self.last_good()}") from error
         except diverged as error:
             raise DivergenceError(f"{error}, by step {self.steps}; {self.last_good()}") from None
+        finally:
+            if self.bar is not None:
+                self.bar.close()
 
     def keep(self, **things) -> None:
         """What a checkpoint holds beside the run's own state, by name; restored from it with --resume.
@@ -174,16 +197,19 @@ class Run:
             rows = self.saved("rows")
             missing = [name for name in things if name not in self.checkpoint]
             check(not missing, f"{self.folder}: does not fit this script, it has no {', '.join(missing)}")
-            try:
-                for name, thing in things.items():
-                    self._restore(thing, self.checkpoint[name])
-            except UNFIT:
-                raise UsageError(f"{self.folder}: does not fit this script, or was made on another device") from None
+            for name, thing in things.items():
+                unfit = f"{self.folder}: does not fit this script, its {name} has another form"
+                check(fits(thing, self.checkpoint[name]), unfit)
+            for name, thing in things.items():
+                self._restore(name, thing, self.checkpoint[name])
         self.metrics = MetricsFile(self.folder / "metrics.csv", resume_from=rows)
 
-    def _restore(self, thing, state) -> None:
+    def _restore(self, name: str, thing, state) -> None:
         if isinstance(thing, torch.Generator):
-            thing.set_state(state[rank()])
+            try:
+                thing.set_state(state[rank()])
+            except RuntimeError:
+                raise UsageError(f"{self.folder}: its {name} is damaged, or was made on another device") from None
         elif hasattr(thing, "load_state_dict"):
             thing.load_state_dict(state)
             for group in getattr(thing, "param_groups", ()):  # read onto the CPU, where a captured update would not
@@ -284,7 +310,11 @@ class Run:
             elif hasattr(thing, "state_dict"):
                 thing = thing.state_dict()
             content[name] = thing
-        save_checkpoint(self.folder / "checkpoint.pt", {**content, **also})
+        content |= also
+        for name, value in content.items():  # or a checkpoint with NaN in it would be the last good one
+            if not all(tensor.isfinite().all() for tensor in tensors_in(value)):
+                raise DivergenceError(f"{name} is NaN or infinite by step {self.steps}; {self.last_good()}")
+        save_checkpoint(self.folder / "checkpoint.pt", content)
 
     # The end
 
@@ -300,12 +330,16 @@ class Run:
         """
         if self.args.quick:
             result.withdraw("QUICK RUN: too short for a verdict; the same command without --quick gives one")
-        result.write(self.folder)
-        draw(self.folder)
-        print(f"\n{result.text()}\nreport and figures: {self.folder}")
-        if self.tracker:
-            script = Path(inspect.getfile(type(self.args)))
-            finish_tracker(self.tracker, result, self.folder, self.phase, script)
+        with replacing_files(self.folder) as folder:
+            result.write(folder)
+            draw(folder)
+        let_go(self.folder)
+        try:
+            if self.tracker:
+                script = Path(inspect.getfile(type(self.args)))
+                finish_tracker(self.tracker, result, self.folder, self.phase, script)
+        finally:  # the verdict comes last, and always
+            print(f"\n{result.text()}\nreport and figures: {self.folder}")
         return result.passed
 
 
@@ -325,6 +359,8 @@ def start_tracker(args, name: str, run_id: str | None):
     """
     import wandb  # only here: a run without --track needs no account and no import
 
+    mode = os.environ.get("WANDB_MODE") or "online"
+    check(mode in WANDB_MODES, f"--track: WANDB_MODE is {mode!r} (one of {', '.join(WANDB_MODES)})")
     try:
         return wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name,
@@ -358,7 +394,7 @@ def finish_tracker(tracker, result, folder: Path, phase: str, script: Path) -> N
             torch.save({**load_checkpoint(folder, phase), "buffer": None}, file)
         tracker.log_artifact(artifact)
     code = {script.resolve(), *(ROOT / "envs").rglob("*.py"), *(ROOT / "envs").rglob("*.json")}
-    tracker.log_code(str(ROOT), include_fn=lambda path: Path(path).resolve() in code)
+    tracker.log_code(str(ROOT), name=f"{phase}-code", include_fn=lambda path: Path(path).resolve() in code)
     tracker.finish()
 
 
@@ -367,26 +403,66 @@ def finish_tracker(tracker, result, folder: Path, phase: str, script: Path) -> N
 
 def run_main(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> None:
     """Calls `main(argv)` and exits: 0 if it returns True (benchmark passed), 1 if False, else as the module says."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a redirect that is not UTF-8 must not lose the verdict
+            stream.reconfigure(errors="replace")
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = 0 if main(argv) else 1
-    except UsageError as error:
-        if rank() == 0:  # all of them say the same
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except (DivergenceError, RankLost) as error:
-        which = f"rank {rank()}: " if world_size() > 1 else ""
-        print(f"error: {which}{error}", file=sys.stderr)
-        code = 3
-    except KeyboardInterrupt:
-        if rank() == 0:
-            print("interrupted; continue with --resume and the run folder", file=sys.stderr)
-        code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 3
-    sys.stdout.flush()
-    sys.stderr.flush()
+        code = _exit_code(main, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if world_size() > 1 and code not in (0, 1):
         os._exit(code)  # not to wait for ranks that wait for this one
     leave_ranks()
     sys.exit(code)
+
+
+def _interrupt(signum, frame) -> None:
+    raise KeyboardInterrupt
+
+
+def _exit_code(main: Callable[[Sequence[str]], bool], argv: Sequence[str]) -> int:
+    """Calls `main(argv)` and says on stderr, in a line, what went wrong."""
+    try:
+        try:
+            code = 0 if main(argv) else 1
+        except SystemExit as exit_:  # --help
+            code = exit_.code or 0
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        if rank() == 0:  # all of them say the same
+            _complain(f"error: {error}")
+        return 2
+    except (DivergenceError, RankLost) as error:
+        which = f"rank {rank()}: " if world_size() > 1 else ""
+        _complain(f"error: {which}{error}")
+        return 3
+    except KeyboardInterrupt:
+        if rank() == 0:
+            _complain("interrupted; continue with --resume and the run folder")
+        return 130
+    except BrokenPipeError:
+        _complain("stopped, because nobody reads the output; continue with --resume and the run folder")
+        return 141
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        where = f": {error.filename}" if error.filename else ""
+        _complain(f"error: {error.strerror or error}{where}; continue with --resume and the run folder")
+        return 3
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            _complain(f"error: out of memory, {error}")
+        else:
+            traceback.print_exc()
+        return 3
+
+
+def _complain(text: str) -> None:
+    """Prints a line on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(one_line(text), file=sys.stderr, flush=True)

@@ -1,12 +1,15 @@
 """Bad input: one line that names flag or file, value and what is allowed; exit code 2; nothing written."""
 
+import fcntl
+import importlib
 import os
 import pickle
 
 import pytest
 import torch
-from common import CPU
+from common import CPU, ROOT
 
+import phase0_marlvol_calibration as phase0
 import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
@@ -14,9 +17,17 @@ import phase4_selfplay as phase4
 from envs.market import dynamics
 from envs.market.units import TRADING_DAYS
 from envs.models import make_model
+from envs.run import files
 from envs.run.run import run_main
 
+MANY = ["--total-timesteps", 10**10, "--buffer-size", 10**9]
 HUGE = ["--dynamics", "gbm", "--num-envs", 1_000_000, "--num-steps", 1200]
+
+
+@pytest.fixture(autouse=True)
+def sixteen_gigabytes(monkeypatch):
+    """On any machine."""
+    monkeypatch.setattr(files, "_free_memory", lambda: 16 * 2**30)
 
 
 def fails(capsys, tmp_path, monkeypatch, *flags, phase=phase1) -> str:
@@ -54,13 +65,24 @@ def fails(capsys, tmp_path, monkeypatch, *flags, phase=phase1) -> str:
         (["--gae-lambda", -0.1], "--gae-lambda is -0.1"),
         (["--clip-coef", 0], "--clip-coef is 0.0"),
         (["--eval-episodes", 1], "--eval-episodes is 1"),
+        (["--eval-episodes", 2**26], "--eval-episodes 67108864 needs 64.0 GiB (at most the"),
+        (["--num-envs", 2**20, "--num-steps", 2000, "--total-timesteps", 10**10], "--num-envs 1048576 needs"),
+        (["--seed", "9" * 400], "--seed is 999"),
+        (["--num-steps", "9" * 400], "--total-timesteps is 12000000 (at least"),
+        (["--exp-name", "é" * 60], "under 100 bytes"),
+        (["--evaluate", "x" * 300], "no such checkpoint"),
+        (["--resume", "a\nb\x1b[31m"], r"a\nb\x1b[31m: no such checkpoint"),
+        (["--dynamics", "garch", "--history", "a/" * 3000], "no such file"),
         (["--seed", -1], "--seed is -1"),
         (["--dynamics", "garch", "--history-end", "yesterday"], "--history-end is 'yesterday' (a day, YYYY-MM-DD)"),
         (["--dynamics", "garch", "--history", "absent.csv"], "absent.csv: no such file"),
-        (["--dynamics", "garch", "--history-end", "1999-03-01"], "too few to fit garch (at least 500)"),
+        (
+            ["--dynamics", "garch", "--history-end", "1999-03-01"],
+            "closes of S&P 500 until 1999-03-01: 39 closes are too few to fit garch (at least 500); try other",
+        ),
         (["--no-such-flag"], "--no-such-flag"),
         (["--history-end", "2010-12-31"], "need --dynamics garch"),
-        (["--exp-name", "../../elsewhere"], "--exp-name is '../../elsewhere' (a file name)"),
+        (["--exp-name", "../../elsewhere"], "--exp-name is '../../elsewhere' (letters, digits"),
         (["--seed", 1_000_000], "--seed is 1000000 (at least 0, at most 999999)"),
         (["--evaluate", ""], "no checkpoint is named"),
         (["--resume", ""], "no checkpoint is named"),
@@ -88,6 +110,8 @@ def test_flags(capsys, tmp_path, monkeypatch, flags, message):
         (["--num-strikes", 60, "--strike-spacing", 1], "are 120 options (at most 100)"),
         (["--target-entropy", 1.5], "--target-entropy is 1.5"),
         (["--buffer-size", 10_000_000_000], "--buffer-size 10000000000 needs"),
+        (["--eval-episodes", 2**26], "--eval-episodes 67108864 needs 64.0 GiB (at most the"),
+        (["--num-envs", 2**20, "--num-steps", 300, "--expiries", 300, *MANY], "--num-envs 1048576 needs"),
         (["--expiries", 30, 15], "--expiries is 30 15 (increasing days from 1 to --num-steps = 30"),
         (["--expiries", 15, 40], "--expiries is 15 40"),
         (["--expiries", 10, 20], "--expiries is 10 20"),
@@ -148,11 +172,17 @@ def test_flags_of_phase2(capsys, tmp_path, monkeypatch, flags, message):
         (["--correlation", 1.5], "--correlation is 1.5 (at least -1, at most 1)"),
         (["--vol-of-vol", 4], "--vol-of-vol is 4.0 (at least 0.001, at most 3)"),
         (["--volatility", 0], "--volatility is 0.0"),
+        (
+            ["--volatility", 0.001, "--vol-of-vol", 3, "--mean-reversion", 0.001],
+            "--vol-of-vol is 3.0 (at most 0.045 with this --volatility and --mean-reversion)",
+        ),
         (["--rival-spread", 0], "--rival-spread is 0.0"),
         (["--rival-risk-aversion", -1], "--rival-risk-aversion is -1.0"),
         (["--tuning-episodes", 1], "--tuning-episodes is 1"),
         (["--num-envs", 10_000_000], "--num-envs is 10000000"),
         ([*HUGE, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
+        (["--tuning-episodes", 2**26], "--tuning-episodes 67108864 needs"),
+        (["--eval-episodes", 2**26], "--eval-episodes 67108864 needs"),
         (["--num-minibatches", 7], "--num-minibatches is 7 (must divide num_envs × num_steps"),
         (["--total-timesteps", 100], "--total-timesteps is 100 (at least"),
         (["--gae-lambda", 2], "--gae-lambda is 2.0"),
@@ -171,7 +201,7 @@ def test_flags_of_phase3(capsys, tmp_path, monkeypatch, flags, message):
         (["--num-makers", 1], "--num-makers is 1 (at least 2, at most 16)"),
         (["--opponent", "nobody"], "--opponent"),
         (["--lag", 0], "--lag is 0 (at least 1, at most the run's"),
-        (["--lag", 200, "--total-timesteps", 384_000], "--lag is 200 (at least 1, at most the run's 25 updates)"),
+        (["--lag", 200, "--total-timesteps", 384_000], "--lag is 200 (at least 1, at most the run's 12 updates)"),
         (["--min-std", 0], "--min-std is 0.0 (more than 0, at most 1)"),
         (["--classical-share", 1.5], "--classical-share is 1.5 (at least 0, at most 1)"),
         (["--pool-size", 1], "--pool-size is 1 (at least 2"),
@@ -186,8 +216,10 @@ def test_flags_of_phase3(capsys, tmp_path, monkeypatch, flags, message):
         (["--moneyness"], "--moneyness is empty (one or more, increasing)"),
         (["--expiries", 60, 60], "--expiries is 60 60 (one or more, increasing)"),
         (["--informed-share", 2], "--informed-share is 2.0 (at least 0, at most 1)"),
-        (["--total-timesteps", 100], "--total-timesteps is 100 (at least 15360"),
-        ([*HUGE, "--total-timesteps", 10**10], "--num-envs 1000000 needs"),
+        (["--total-timesteps", 100], "--total-timesteps is 100 (at least 30720"),
+        ([*HUGE, "--total-timesteps", 10**10], "--num-envs 1000000 with --episodes 8 needs"),
+        (["--tuning-episodes", 2**26], "--tuning-episodes 67108864 needs"),
+        (["--eval-episodes", 2**26], "--eval-episodes 67108864 needs"),
         (["--dynamics", "historical"], "historical with --evaluate"),
         (["--evaluate", "absent.pt"], "absent.pt: no such checkpoint"),
     ],
@@ -231,10 +263,12 @@ def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypat
     flags = ("--evaluate", tmp_path, "--num-strikes", 10, "--expiries", 30)  # as many options, but others
     assert "--num-strikes is 10, but the agent" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
     flags = ("--evaluate", tmp_path, "--exp-name", "../../elsewhere")
-    assert "(a file name)" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
+    assert "for a file name" in fails(capsys, tmp_path, monkeypatch, *flags, phase=phase2)
     content["args"]["expiries"] = ("a", 30)
     torch.save(content, tmp_path / "checkpoint.pt")
-    assert "its expiries is a tuple" in fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path, phase=phase2)
+    assert "its expiries is ('a', 30), a tuple" in fails(
+        capsys, tmp_path, monkeypatch, "--evaluate", tmp_path, phase=phase2
+    )
     torch.save({**content, "iteration": "x"}, tmp_path / "checkpoint.pt")
     assert "its iteration is no count" in fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path, phase=phase2)
 
@@ -297,6 +331,8 @@ def checkpoint_file(path, kind: str) -> None:
         torch.save(content, path)
     elif kind == "NaN":
         torch.save({**content, "agent": {**agent.state_dict(), "actor_logstd": torch.full((2,), torch.nan)}}, path)
+    elif kind == "complex":
+        torch.save({**content, "agent": {name: x.to(torch.cfloat) for name, x in agent.state_dict().items()}}, path)
     elif kind == "arguments of other types":
         torch.save({**content, "args": {**vars(args), "num_envs": "many"}}, path)
     elif kind == "arguments no dict":
@@ -314,12 +350,14 @@ def checkpoint_file(path, kind: str) -> None:
         ("empty", "not a readable checkpoint"),
         ("text", "checkpoint"),
         ("malicious", "refused"),
-        ("raw pickle", "refused"),
+        ("raw pickle", "not a readable checkpoint"),
         ("foreign", "not a checkpoint of this project"),
         ("other shape", "does not fit"),
         ("incomplete", "does not fit"),
-        ("arguments of other types", "its num_envs is a str"),
+        ("arguments of other types", "its num_envs is 'many', a str"),
         ("arguments no dict", "its arguments are not a dict"),
+        ("NaN", "NaN or infinite numbers in its agent"),
+        ("complex", "its agent holds other than real tensors"),
     ],
 )
 def test_checkpoints(capsys, tmp_path, monkeypatch, flag, kind, message):
@@ -328,11 +366,6 @@ def test_checkpoints(capsys, tmp_path, monkeypatch, flag, kind, message):
     checkpoint_file(path, kind)
     assert message in fails(capsys, tmp_path, monkeypatch, flag, path.parent)
     assert not (path.parent / "owned").exists()
-
-
-def test_evaluating_networks_of_nan(capsys, tmp_path, monkeypatch):
-    checkpoint_file(tmp_path / "checkpoint.pt", "NaN")
-    assert "NaN in its networks" in fails(capsys, tmp_path, monkeypatch, "--evaluate", tmp_path)
 
 
 @pytest.mark.parametrize(("trained_until", "seen"), [(None, "their end"), ("2015-12-31", "2015-12-31")])
@@ -350,6 +383,65 @@ def test_too_few_real_closes(capsys, tmp_path, monkeypatch):
     checkpoint_file(tmp_path / "checkpoint.pt", "sound")
     flags = ("--evaluate", tmp_path, "--dynamics", "historical", "--history-end", "2018-11-13")
     assert "there are 31 (at least 360, twelve episodes)" in fails(capsys, tmp_path, monkeypatch, *flags)
+
+
+def smile_of(volatility: float) -> str:
+    rows = [f"{t},{k},{volatility}\n" for t in (0.1, 1, 2) for k in (0.8, 0.9, 1.0, 1.1, 1.2)]
+    return "".join(["maturity,strike,implied_volatility\n", *rows])
+
+
+def test_a_smile_that_nothing_fits(capsys, tmp_path, monkeypatch):
+    (tmp_path / "fives.csv").write_text(smile_of(5))
+    line = fails(capsys, tmp_path, monkeypatch, "--smile", "fives.csv", phase=phase0)
+    assert line.startswith("error: fives.csv: no smile can be fitted to it, ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "args.json: damaged"),
+        ('{"seed": ' + "9" * 5000 + "}", "args.json: damaged"),
+        ('{"history": 2010}', "its history is 2010, a int"),
+        ('{"history_end": 20101231}', "its history_end is 20101231, a int"),
+        ('{"marlvol_checkpoint": ["runs/x"]}', "its marlvol_checkpoint is ('runs/x',), a tuple"),
+        ('{"dynamics": "garch", "history": "a\\u0000b"}', r"a\x00b: no such file"),
+        ('{"num_steps": 0}', "--num-steps is 0"),
+        (None, "args.json: damaged"),
+    ],
+)
+def test_saved_arguments(capsys, tmp_path, monkeypatch, content, message):
+    if content is None:
+        (tmp_path / "args.json").mkdir()
+    else:
+        (tmp_path / "args.json").write_text(content)
+    assert message in fails(capsys, tmp_path, monkeypatch, "--resume", tmp_path)
+
+
+def test_a_run_that_is_still_going_on(capsys, tmp_path, monkeypatch):
+    """Two at once would write over each other; the second is refused, and the first loses nothing."""
+    checkpoint_file(tmp_path / "checkpoint.pt", "sound")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    line = fails(capsys, tmp_path, monkeypatch, "--resume", tmp_path)
+    os.close(descriptor)
+    assert "another process is at this run (wait for its end, or stop it)" in line
+
+
+def test_runs_that_is_no_folder(capsys, tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("")
+    assert "runs: no run folder can be made in it (" in fails(capsys, tmp_path, monkeypatch)
+
+
+def test_flags_of_the_benchmark_of_speed(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    throughput = importlib.import_module("throughput")
+    for flags, message in (
+        (["--num-envs", 0], "--num-envs is 0 (at least 1"),
+        (["--num-envs"], "--num-envs is empty"),
+        (["--iterations", 1], "--iterations is 1 (at least 2"),
+        (["--phases", "phase4", "--num-envs", 6], "--copies is 4"),
+    ):
+        assert message in fails(capsys, tmp_path, monkeypatch, *flags, phase=throughput)
 
 
 def test_flags_that_exclude_each_other(capsys, tmp_path, monkeypatch):

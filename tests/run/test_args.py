@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
@@ -43,6 +44,10 @@ class Args(BatchedRunArgs):
     """a file"""
     days: tuple[int, ...] | None = None
     """days"""
+    edge: float | None = None
+    """an edge"""
+    start: Literal["classic", "neutral"] = "classic"
+    """a start"""
 
 
 def refused(args) -> str:
@@ -88,9 +93,12 @@ def test_choices():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"exp_name": ""}, "--exp-name is '' (a file name)"),
-        ({"exp_name": "a/b"}, "--exp-name is 'a/b' (a file name)"),
-        ({"exp_name": "x" * 100}, "(a file name)"),
+        ({"exp_name": ""}, "--exp-name is '' (letters, digits and -_. for a file name, under 100 bytes)"),
+        ({"exp_name": "a/b"}, "--exp-name is 'a/b' (letters"),
+        ({"exp_name": "x" * 100}, "under 100 bytes"),
+        ({"exp_name": "é" * 50}, "under 100 bytes"),
+        ({"num_envs": 10**400}, "--num-envs is 1000"),
+        ({"num_steps": 10**400}, "--total-timesteps is 6000 (at least 1e401, at most 1e+12)"),
         ({"torch_threads": 0}, "--torch-threads is 0 (at least 1, at most 1024)"),
         ({"num_evaluations": 0}, "--num-evaluations is 0 (at least 1, at most 1.04858e+06)"),
         ({"num_envs": 0}, "--num-envs is 0"),
@@ -270,24 +278,31 @@ def test_saved_flags():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"num_envs": "8"}, "its num_envs is a str"),
-        ({"num_envs": 8.0}, "its num_envs is a float"),
-        ({"num_envs": True}, "its num_envs is a bool"),
-        ({"num_envs": None}, "its num_envs is a NoneType"),
-        ({"track": 1}, "its track is a int"),
-        ({"exp_name": 1}, "its exp_name is a int"),
-        ({"history": ["a"]}, "its history is a tuple"),
-        ({"history": True}, "its history is a bool"),
-        ({"days": [60, 61.5]}, "its days is a tuple"),
-        ({"strikes": 90.0}, "its strikes is a float"),
-        ({"strikes": (90, "b")}, "its strikes is a tuple"),
-        ({"names": [1]}, "its names is a tuple"),
+        ({"num_envs": "8"}, "its num_envs is '8', a str"),
+        ({"num_envs": 8.0}, "its num_envs is 8.0, a float"),
+        ({"num_envs": True}, "its num_envs is True, a bool"),
+        ({"num_envs": None}, "its num_envs is None, a NoneType"),
+        ({"track": 1}, "its track is 1, a int"),
+        ({"exp_name": 1}, "its exp_name is 1, a int"),
+        ({"history": ["a"]}, "its history is ('a',), a tuple"),
+        ({"history": True}, "its history is True, a bool"),
+        ({"history": 2010}, "its history is 2010, a int"),
+        ({"edge": "1"}, "its edge is '1', a str"),
+        ({"edge": 1}, "its edge is 1, a int"),
+        ({"start": "nowhere"}, "its start is 'nowhere', a str"),
+        ({"start": ["classic"]}, "its start is ('classic',), a tuple"),
+        ({"days": [60, 61.5]}, "its days is (60, 61.5), a tuple"),
+        ({"days": 60}, "its days is 60, a int"),
+        ({"strikes": 90.0}, "its strikes is 90.0, a float"),
+        ({"strikes": (90, "b")}, "its strikes is (90, 'b'), a tuple"),
+        ({"strikes": [[90.0]]}, "its strikes is ([90.0],), a tuple"),
+        ({"names": [1]}, "its names is (1,), a tuple"),
         ([("num_envs", 8)], "its arguments are not a dict"),
         (None, "its arguments are not a dict"),
     ],
 )
 def test_saved_flags_of_another_type(content, message):
-    with pytest.raises(UsageError, match=f"^runs/x: does not fit this script, {message}"):
+    with pytest.raises(UsageError, match=re.escape(f"runs/x: does not fit this script, {message}")):
         saved_args(Args, content, "runs/x")
 
 

@@ -1,9 +1,16 @@
 """`Run`: what a checkpoint keeps, when a policy is evaluated, and how a command ends."""
 
+import fcntl
+import io
 import json
 import math
+import os
 import re
+import signal
+import sys
+import time
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,17 +153,28 @@ def test_checkpoints_that_do_not_fit(tmp_path):
             run.keep(**learner.things(), **({"more": learner.network} if "more" in changes else {}))
         return str(error.value)
 
-    unfit = f"{tmp_path}: does not fit this script, or was made on another device"
-    for changes in (
-        {"agent": torch.nn.Linear(4, 1).state_dict()},
-        {"agent": None},
-        {"optimizer": {"state": {}}},
-        {"generator": []},
-        {"generator": [torch.zeros(3, dtype=torch.uint8)]},
-        {"buffer": [1, 2]},
-        {"more": "weights"},
-    ):
-        assert refusal(**changes) == unfit
+    def changed(moments=None, **settings) -> dict:
+        """The optimizer's state with other moments of the weight, or other settings."""
+        (group,) = checkpoint["optimizer"]["param_groups"]
+        state = checkpoint["optimizer"]["state"]
+        state = {**state, 0: {**state[0], **(moments or {})}}
+        return {"state": state, "param_groups": [{**group, **settings}]}
+
+    assert "optimizer" not in refusal(optimizer=changed(), rows=9)  # sound
+    for name, values in {
+        "agent": [torch.nn.Linear(4, 1).state_dict(), None, torch.nn.Linear(3, 1).double().state_dict()],
+        "optimizer": [
+            None, {"state": {}}, changed({"exp_avg": torch.zeros(7)}), changed({"step": "one"}), changed({"more": 1}),
+            changed(lr="fast"), changed(betas=0.9), changed(params=[0, 0]), {**changed(), "state": {5: {}}},
+        ],
+        "generator": [[], None, [torch.zeros(3, dtype=torch.uint8)], {}],
+        "buffer": [[1, 2], {"rewards": torch.zeros(4)}, {"rewards": "none"}, {1: 2}],
+        "more": ["weights"],
+    }.items():  # fmt: skip
+        for value in values:
+            assert refusal(**{name: value}) == f"{tmp_path}: does not fit this script, its {name} has another form"
+    state = torch.zeros_like(checkpoint["generator"][0])
+    assert refusal(generator=[state]) == f"{tmp_path}: its generator is damaged, or was made on another device"
     assert refusal(rows=9) == f"{tmp_path / 'metrics.csv'}: 4 rows, but the checkpoint has seen 9"
     run = Run(args_of(tmp_path), "x", "cpu", folder=tmp_path, checkpoint=checkpoint)
     assert run.saved("extra") == 12
@@ -300,6 +318,26 @@ def test_nan_is_named_with_its_step_and_the_last_checkpoint(tmp_path):
         run.check_finite({"loss": math.nan})
 
 
+def test_a_checkpoint_with_nan_in_it_is_not_written(tmp_path):
+    run, learner = learn(args_of(), tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    moment = learner.optimizer.state[learner.network.bias]["exp_avg"]
+    for spoilt, name in (
+        (learner.network.bias.data, "agent"),
+        (moment, "optimizer"),
+        (learner.buffer["rewards"], "buffer"),
+    ):
+        sound = spoilt.clone()
+        spoilt[0] = math.inf
+        message = f"{name} is NaN or infinite by step 240; last good: {tmp_path / 'checkpoint.pt'}"
+        with pytest.raises(DivergenceError, match=re.escape(message)):
+            run.log({"losses/loss": 1.0})
+        spoilt.copy_(sound)
+    with pytest.raises(DivergenceError, match="extra is NaN"):
+        run.log({}, extra={"market": [torch.tensor(math.nan)]})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_errors_of_training_that_mean_nan_name_the_last_checkpoint(tmp_path):
     run, _ = learn(args_of(), tmp_path)
 
@@ -316,6 +354,33 @@ def test_errors_of_training_that_mean_nan_name_the_last_checkpoint(tmp_path):
         train(ValueError("something else"), ArithmeticError)
     with pytest.raises(KeyboardInterrupt):
         train(KeyboardInterrupt())
+
+
+def test_the_bar_is_closed_before_an_error_is_said(tmp_path, capsys):
+    run = Run(Args(), "x", "cpu", folder=tmp_path)
+
+    def train():
+        with run.training():
+            for _ in run.iterations(3, 20):
+                run.check_finite({"loss": math.nan})
+
+    with pytest.raises(DivergenceError):
+        train()
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def test_every_row_goes_to_the_tracker(tmp_path):
+    rows = []
+    run = Run(args_of(), "x", "cpu", folder=tmp_path)
+    run.tracker = SimpleNamespace(log=lambda row, step: rows.append((step, row)), id="abc")
+    run.keep()
+    run.log({"gain": 1.5})
+    for iteration in run.iterations(12, 20):
+        if run.due(iteration):
+            run.log({"gain": 2.0})
+    assert [step for step, _ in rows] == [0, 60, 120, 180, 240]
+    assert rows[0][1] == {"global_step": 0, "gain": 1.5}
+    assert load_checkpoint(tmp_path, "x")["tracker"] == "abc"
 
 
 # THE COMMAND
@@ -380,8 +445,37 @@ def test_the_end(tmp_path, capsys, quick, good, passed):
     assert ("QUICK RUN" in out) == quick
 
 
+def test_a_run_that_another_process_is_at(tmp_path, monkeypatch):
+    learn(args_of(cuda=False), tmp_path)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as another process does
+    with pytest.raises(UsageError, match="another process is at this run"):
+        Run.open(Args, ["--resume", str(tmp_path)], "x", {})
+    Run.open(Args, ["--evaluate", str(tmp_path)], "x", {})  # which only reads
+    os.close(descriptor)
+    Run.open(Args, ["--resume", str(tmp_path)], "x", {})
+    monkeypatch.chdir(tmp_path)
+    new = Run(Args(), "x", "cpu")
+    new.begin("heston", "")  # holds its own
+    descriptor = os.open(new.folder, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
+def test_modes_of_wandb_that_there_are_not(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UsageError, match=re.escape("--track: WANDB_MODE is 'sometimes' (one of online, offline")):
+        run_module.start_tracker(Args(), "name", None)
+
+
 def interrupted(argv):
     raise KeyboardInterrupt
+
+
+def terminated(argv):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
 
 
 def raising(error):
@@ -400,13 +494,51 @@ def raising(error):
         (raising(DivergenceError("loss is nan by step 9")), 3, "error: loss is nan by step 9\n"),
         (raising(RankLost("a process has died")), 3, "error: a process has died\n"),
         (interrupted, 130, "interrupted; continue with --resume and the run folder\n"),
+        (terminated, 130, "interrupted; continue with --resume and the run folder\n"),
+        (
+            raising(BrokenPipeError()),
+            141,
+            "stopped, because nobody reads the output",
+        ),
+        (
+            raising(OSError(28, "No space left on device", "runs/x/metrics.csv")),
+            3,
+            "error: No space left on device: runs/x/metrics.csv; continue with --resume and the run folder\n",
+        ),
+        (raising(MemoryError("8 GiB")), 3, "error: out of memory, 8 GiB\n"),
+        (lambda argv: torch.empty(10**15), 3, "error: out of memory, [enforce fail"),
+        (raising(UsageError("a\nb\x1b[31m: no such file")), 2, "error: a\\nb\\x1b[31m: no such file\n"),
+        (raising(SystemExit(0)), 0, ""),
     ],
 )
 def test_exit_codes(main, code, message, capsys):
     with pytest.raises(SystemExit) as end:
         run_main(main, ["flag"])
     assert end.value.code == code
-    assert capsys.readouterr().err == message
+    line = capsys.readouterr().err
+    assert line.startswith(message)
+    assert line.count("\n") == (code not in (0, 1))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_that_is_not_utf8(monkeypatch, encoding):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda argv: print("Black–Scholes σ → BENCHMARK PASSED") is None, [])
+    assert end.value.code == 0
+    assert b"BENCHMARK PASSED" in out.getvalue()
+
+
+@pytest.mark.parametrize("broken", ["while it runs", "at the end"])
+def test_nobody_reads_the_output(monkeypatch, capsys, broken):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda argv: print("a line", flush=broken == "while it runs") is None, [])
+    assert end.value.code == 141
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_error_of_the_script_has_its_traceback(capsys):
