@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from envs import AgainstRivals, QuotingEnv
 from envs.benchmark.contest import Validation
-from envs.benchmark.league import LEAGUE, SelfplayValidation, selfplay_benchmark
+from envs.benchmark.league import MET_IN_TRAINING, SelfplayValidation, selfplay_benchmark
 from envs.benchmark.makers import (
     Makers,
     against,
@@ -86,12 +86,12 @@ class Args(QuotingArgs, BatchedRunArgs):
     differ from those trained with"""
 
     # Self-play
-    opponent: Literal["league", "lag", "pool", "baseline"] = "league"
-    """who takes the seats that the classical makers leave: the agent some updates ago and, in other rows, one of a pool
-    of its snapshots; the first alone; the second alone (fictitious self-play); or the tuned Avellaneda–Stoikov maker"""
+    opponent: Literal["lag", "league", "pool", "baseline"] = "lag"
+    """who takes the seats that the classical makers leave: the agent some updates ago; that and, in other rows, one of a
+    pool of its snapshots; the pool alone (fictitious self-play); or the tuned Avellaneda–Stoikov maker"""
     lag: int = 1
     """how many updates behind the latest opponent is"""
-    past_share: float = 0.2
+    past_share: float = 0.5
     """share of the rows without classical makers in which the opponent is from the pool, with --opponent league"""
     pool_size: int = 16
     """snapshots of the pool, evenly spaced over the run so far"""
@@ -589,7 +589,7 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     args: Args = run.args
     torch.manual_seed(args.seed)
     market = classics.env.env.like(args.rows)
-    known = [classics.policies[name] for name in LEAGUE if name in classics.policies]
+    known = [classics.policies[name] for name in MET_IN_TRAINING if name in classics.policies]
     agent = starting_agent(run, classics.policies[classics.imitated], known, market)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     opponents = Opponents(args, agent, list(guests.values()), known, market).to(run.device)

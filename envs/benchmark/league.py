@@ -27,9 +27,10 @@ from envs.market.rivals import in_market
 from envs.optimum.edges import EdgeTable, best_edge, choice_probability
 from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
 
-# The classics that agents meet in training, and that join the cross-play: two that believe in Black–Scholes, two that
-# know the model
+# The classics that join the cross-play: two that believe in Black–Scholes, two that know the model. Agents have met all
+# of them in training but one, which is there to see how they do against a maker that they do not know.
 LEAGUE = (AVELLANEDA_STOIKOV, BELIEVER_BAND, GLFT_SMILE, MULTI_ASSET)
+MET_IN_TRAINING = (AVELLANEDA_STOIKOV, GLFT_SMILE, MULTI_ASSET)
 LEAGUE_EPISODES = 4096  # of each match of the cross-play
 
 
