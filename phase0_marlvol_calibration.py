@@ -6,6 +6,7 @@ PPO learns from the experience of a few basis players; the others' exploration i
 is a market for the other phases. All the finance is in envs/. Copy this file, change thirty lines, run it.
 """
 
+import copy
 import math
 import sys
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from envs.benchmark.calibration import Validation, bermudan_benchmark, smile_benchmark
+from envs.benchmark.calibration import BASIS_POINT, Validation, exotic_benchmark, smile_benchmark
 from envs.calibration.game import (
     ACTION_MAPS,
-    EXERCISE_DAY,
     FIRST_JUDGED,
     REFERENCES,
     STATES,
@@ -30,8 +30,9 @@ from envs.calibration.game import (
     last_day,
 )
 from envs.calibration.marlvol import Marlvol, export_market, layers_of, mean_actions, policy_step, policy_tables
+from envs.calibration.payoffs import PAYOFFS
 from envs.calibration.regression import REGRESSIONS
-from envs.figures.calibration import bermudan_report, calibration_report
+from envs.figures.calibration import calibration_report, exotic_report
 from envs.market import smiles
 from envs.market.units import TRADING_DAYS
 from envs.models import SmileArgs, make_surface
@@ -50,8 +51,9 @@ PRESETS = {
     "paper": {
         "action_map": "normal", "num_players": 120_000, "num_runs": 10, "num_basis": 100,
         "common_random_numbers": False, "antithetic": False, "reference": "black-scholes", "regression": "polynomial",
-        "learning_rate": 1e-4, "anneal_lr": False, "update_epochs": 30, "num_minibatches": 10, "clip_coef": 0.3,
-        "target_kl": 0.01, "exploration_std": 0.3, "learn_std": True, "hidden_layers": 3, "hidden_size": 50,
+        "learning_rate": 1e-4, "anneal_lr": False, "average": 1.0, "update_epochs": 30, "num_minibatches": 10,
+        "clip_coef": 0.3, "target_kl": 0.01, "exploration_std": 0.3, "learn_std": True, "hidden_layers": 3,
+        "hidden_size": 50,
     },
 }  # fmt: skip
 
@@ -63,22 +65,26 @@ class Args(SmileArgs, RunArgs):
     Thousands of trajectories are players who share one policy for their volatilities and one reward, the error of the
     implied volatilities that their payoffs add up to. At the end the mean policy is priced on fresh paths beside
     constant volatility and beside Dupire's local volatility on the same daily grid and the same paths. The other task
-    makes a Bermudan option as cheap as the vanillas allow. Exit code 0: benchmark passed; 1: failed; 2: bad input;
-    3: diverged; 130: Ctrl-C. Everything is written to runs/<run name>/.
+    keeps the vanillas on the market and moves the price of an exotic: down, up, or to a target. Exit code 0: benchmark
+    passed; 1: failed; 2: bad input; 3: diverged; 130: Ctrl-C. Everything is written to runs/<run name>/.
 
     Commands to start from:
 
       python phase0_marlvol_calibration.py                        the S&P 500 of 1 August 2018
       python phase0_marlvol_calibration.py --smile quotes.csv     your own: maturity, strike, implied_volatility
-      python phase0_marlvol_calibration.py --reward shared        the paper's reward
+      python phase0_marlvol_calibration.py --reward difference    each path's own effect in place of the paper's reward
       python phase0_marlvol_calibration.py --preset paper         all of the paper's settings
       python phase0_marlvol_calibration.py --resume runs/NAME     go on where a run stopped
       torchrun --nproc-per-node 2 phase0_marlvol_calibration.py   data-parallel; --num-runs is each process's
 
-    The Bermudan, with and without memory of the first exercise date, and both in one figure:
+    An exotic, the paper's Bermudan by default: as cheap or as dear as the vanillas let it be, or at a price in basis
+    points; without memory of the first date, and with it, both in one figure; another payoff:
 
-      python phase0_marlvol_calibration.py --task bermudan --state non-path-dependent
-      python phase0_marlvol_calibration.py --task bermudan --beside runs/NAME
+      python phase0_marlvol_calibration.py --task exotic --objective max
+      python phase0_marlvol_calibration.py --task exotic --objective target --target-price 120
+      python phase0_marlvol_calibration.py --task exotic --state non-path-dependent --no-antithetic
+      python phase0_marlvol_calibration.py --task exotic --beside runs/NAME
+      python phase0_marlvol_calibration.py --task exotic --payoff forward-start-call --days 21 51 --strikes 1.0
 
     Then trade in the market that came out:
 
@@ -96,43 +102,67 @@ class Args(SmileArgs, RunArgs):
 
     # The game
     task: str = "local-vol"
-    """local-vol: fit all strikes and maturities; bermudan: the cheapest Bermudan with the vanillas on the market"""
+    """local-vol: fit all strikes and maturities; exotic: move an exotic's price, with the vanillas on the market"""
+    payoff: str = "bermudan-call"
+    """the exotic: bermudan-call, bermudan-put, forward-start-call, asian-call, up-and-out-call, variance-swap"""
+    days: tuple[int, ...] | None = None
+    """trading days of the exotic: t1, which a path-dependent state remembers, …, the last one; by default 21 and the
+    end"""
+    strikes: tuple[float, ...] | None = None
+    """in units of the spot: of a Bermudan one for each day (by default its Europeans are worth the same), of the
+    up-and-out call the strike and the barrier"""
+    objective: str = "min"
+    """min, max or target: what the exotic's price is to be"""
+    target_price: float | None = None
+    """price of the exotic for --objective target, in basis points of the spot"""
+    act_before_t1: bool = False
+    """players choose volatilities before the exotic's first day too; the exercise rule then knows the last one"""
     vega_weights: bool = False
     """weight the errors of implied volatilities by vega, instead of equally"""
 
     state: str | None = None
     """local: (t, S), the default; non-path-dependent: the last volatility too; path-dependent: both at t1 too, the
-    default of bermudan"""
+    default of exotic"""
     action_map: str = "direct"
     """what actions are: direct (ln σ), normal (mean and variance of ln σ), stochastic (μ, η, ρ of ln σ's diffusion)"""
     reward: str = "shared"
-    """shared (the paper's) or difference (each path's first-order effect on the shared error)"""
+    """shared (the paper's) or difference (each path's first-order effect on the shared error or price)"""
     num_players: int = 5_000
     """n, trajectories of a run; in antithetic pairs"""
     num_runs: int = 10
     """B, runs side by side that explore; one more follows the mean policy"""
-    num_basis: int = 60
-    """n_p, basis players drawn at every step: only they sample exploration and are learnt from"""
+    num_basis: int | None = None
+    """n_p, basis players drawn at every step: only they sample exploration and are learnt from; by default 20, or 60
+    for exotic, whose states have more dimensions"""
     basis_players: bool = True
     """interpolate the others' exploration from the basis players'; otherwise every player has its own"""
     interpolation: str | None = None
     """linear (for the state local, and its default) or nearest (for the others)"""
     common_random_numbers: bool = True
-    """all runs have the same Brownian increments and basis players, so that their mean reward can be the baseline"""
+    """all runs have the same Brownian increments and basis players"""
+    baseline: str | None = None
+    """of the rewards: runs, the mean of the same player's over the runs (the default with common random numbers), or
+    critic, the value network (the default without)"""
+    centre_errors: bool = True
+    """with common random numbers: count a run's errors as those of the run without exploration, and what its own
+    exploration adds beyond the average"""
     antithetic: bool = True
     """runs explore in pairs, Z and −Z"""
     regression: str = "knots"
-    """of the Bermudan's continuation value in training, on S_t1: knots (piecewise linear) or polynomial (degree 8)"""
+    """of a Bermudan's continuation value in training: on knots (piecewise linear) or polynomial (degree 8)"""
     reference: str = "local-vol"
     """model whose error on the same paths is subtracted: local-vol (Dupire's), black-scholes, none"""
 
     # The algorithm
     num_iterations: int | None = None
-    """rollouts, each followed by an update; by default 800, or 120 for bermudan, whose steps cost more"""
+    """rollouts, each followed by an update; by default 1000, or 200 for exotic, whose steps cost more"""
     learning_rate: float = 1e-2
     """learning rate of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
+    average: float = 0.01
+    """how far the moving average of the actor's weights, which is the policy that is evaluated, goes at each update; 1
+    for the weights themselves"""
     update_epochs: int = 4
     """passes over a rollout"""
     num_minibatches: int = 4
@@ -142,9 +172,9 @@ class Args(SmileArgs, RunArgs):
     target_kl: float = 0.01
     """the KL penalty's weight is adapted to this divergence an update"""
     vf_coef: float = 0.5
-    """weight of the value loss, where the critic is the baseline (without common random numbers)"""
+    """weight of the value loss, where the critic is the baseline"""
     exploration_std: float | None = None
-    """standard deviation of the exploration, in units of the action (ln σ); by default 0.1, or 0.3 for bermudan"""
+    """standard deviation of the exploration, in units of the action (ln σ); by default 0.1, or 0.3 for exotic"""
     learn_std: bool = False
     """learn the exploration's standard deviation"""
     hidden_layers: int = 2
@@ -156,17 +186,19 @@ class Args(SmileArgs, RunArgs):
     eval_paths: int = 1_200_000
     """fresh paths of the final benchmark"""
     beside: str | None = None
-    """run folder of the other Bermudan state, drawn into the figure of the training"""
+    """run folder of another exotic run, drawn into the figure of the training"""
 
     def fill(self) -> None:
         """Fills in the flags whose defaults depend on another flag."""
-        bermudan = self.task == "bermudan"
-        state = self.state or ("path-dependent" if bermudan else "local")
+        exotic = self.task == "exotic"
+        state = self.state or ("path-dependent" if exotic else "local")
         defaults = {
             "state": state,
             "interpolation": "linear" if state == "local" else "nearest",
-            "num_iterations": 120 if bermudan else 800,
-            "exploration_std": 0.3 if bermudan else 0.1,
+            "baseline": "runs" if self.common_random_numbers else "critic",
+            "num_basis": 60 if exotic else 20,
+            "num_iterations": 200 if exotic else 1000,
+            "exploration_std": 0.3 if exotic else 0.1,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -181,14 +213,26 @@ class Args(SmileArgs, RunArgs):
         check_choice(self, "reward", ("shared", "difference"))
         check_choice(self, "interpolation", ("linear", "nearest"))
         check_choice(self, "reference", REFERENCES)
+        check_choice(self, "baseline", ("runs", "critic"))
         check_choice(self, "regression", REGRESSIONS)
+        check_choice(self, "payoff", PAYOFFS)
+        check_choice(self, "objective", ("min", "max", "target"))
         super().check()
+        if self.objective == "target":
+            check(self.target_price is not None, "--objective target needs --target-price, basis points of the spot")
+            check_range(self, 0, 1e4, "target_price", open_low=True)
+        else:
+            check(self.target_price is None, "--target-price is for --objective target")
+        if self.task == "local-vol":
+            for name in ("payoff", "strikes", "objective", "act_before_t1"):
+                unchanged = getattr(self, name) == getattr(Args, name)
+                check(unchanged, f"--{name.replace('_', '-')} is for --task exotic")
         check_range(self, 1000, 2**24, "eval_paths")
         if self.beside is not None:
-            check(self.task == "bermudan", "--beside is for --task bermudan")
+            check(self.task == "exotic", "--beside is for --task exotic")
             curve = read_metrics(Path(self.beside) / "metrics.csv")
-            drawn = curve and "charts/bermudan_price" in curve[0]
-            check(drawn, f"--beside is {self.beside} (the folder of a run with --task bermudan)")
+            drawn = curve and "charts/exotic_price" in curve[0]
+            check(drawn, f"--beside is {self.beside} (the folder of a run with --task exotic)")
         if self.trains:
             self.check_training()
         else:
@@ -199,13 +243,17 @@ class Args(SmileArgs, RunArgs):
         check(self.task == "local-vol" or not self.vega_weights, "--vega-weights is for --task local-vol")
         linear = self.interpolation == "linear"
         check(not linear or self.state == "local", "--interpolation linear needs --state local (or nearest)")
+        known = self.task == "local-vol" or self.reward == "shared" or self.action_map != "stochastic"
+        check(known, "--reward difference of --task exotic is for --action-map direct or normal")
         walks = self.action_map != "stochastic" or self.state != "local"
         check(walks, "--action-map stochastic needs a --state with the last volatility (non-path-dependent)")
         check_range(self, 100, 2**22, "num_players")
         check_range(self, 2, self.num_players, "num_basis")
         check_range(self, 1, 1024, "num_runs")
-        several = self.num_runs > 1 or not self.common_random_numbers
-        check(several, f"--num-runs is {self.num_runs} (at least 2 with common random numbers)")
+        same = self.common_random_numbers or self.baseline == "critic"
+        check(same, "--baseline runs needs common random numbers")
+        several = self.num_runs > 1 or self.baseline == "critic"
+        check(several, f"--num-runs is {self.num_runs} (at least 2 with --baseline runs)")
         even = self.num_runs % 2 == 0 or not self.antithetic
         check(even, f"--num-runs is {self.num_runs} (even with --antithetic)")
         check_range(self, 1, 10**7, "num_iterations")
@@ -213,7 +261,7 @@ class Args(SmileArgs, RunArgs):
         check_range(self, 1, 10, "hidden_layers")
         check_range(self, 1, self.num_runs * self.num_basis * (FIRST_JUDGED + 1), "num_minibatches")
         check_range(self, 0, math.inf, "learning_rate", "target_kl", "exploration_std", open_low=True)
-        check_range(self, 0, 1, "clip_coef", open_low=True)
+        check_range(self, 0, 1, "clip_coef", "average", open_low=True)
         check_range(self, 0, math.inf, "vf_coef")
 
 
@@ -227,10 +275,13 @@ def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> Cali
         return CalibrationGame(
             surface, args.num_players, args.num_runs + 1, num_steps, args.task, args.state, args.action_map,
             common=args.common_random_numbers, reference=args.reference, vega_weights=args.vega_weights,
+            payoff=args.payoff, days=args.days, strikes=args.strikes, act_before_t1=args.act_before_t1,
             regression=args.regression, device=device,
         )  # fmt: skip
     except ValueError as error:
-        raise UsageError(str(error).replace("num_steps", "--num-steps")) from None
+        name = str(error).split()[0]
+        message = str(error).replace("num_steps", "--num-steps")
+        raise UsageError(message if name == "num_steps" else f"--{message}") from None
 
 
 # ALGO LOGIC: the agent
@@ -243,7 +294,12 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function of a player, tanh networks of its state; shared by all players."""
+    """Gaussian policy and value function of a player, tanh networks of its state; shared by all players.
+
+    Advantages have unit variance however small the error is, and Adam's steps do not shrink with the gradient either.
+    So near the end the actor wanders about the best weights. The policy is a moving average of its weights, which is
+    nearer to them (Polyak & Juditsky 1992).
+    """
 
     def __init__(self, game: CalibrationGame, args: Args):
         super().__init__()
@@ -257,6 +313,7 @@ class Agent(nn.Module):
             return nn.Sequential(*layers, layer_init(nn.Linear(size, outputs), std))
 
         self.actor_mean = network(game.action_size, 0.01)
+        self.average_actor = copy.deepcopy(self.actor_mean).requires_grad_(False)
         self.critic = network(1, 1.0)
         logstd = torch.full((game.action_size,), math.log(args.exploration_std))
         self.actor_logstd = nn.Parameter(logstd, requires_grad=args.learn_std)
@@ -267,8 +324,8 @@ class Agent(nn.Module):
         return (-0.5 * ((actions - mean) * (-self.actor_logstd).exp()) ** 2 - self.actor_logstd).sum(-1)
 
     def stepper(self, game: CalibrationGame) -> Step:
-        """The mean policy as a step of this game or of one like it: what is benchmarked."""
-        return policy_step(self.actor_mean, policy_tables(game, self.actor_mean) if game.is_local else None)
+        """The averaged mean policy as a step of this game or of one like it: what is benchmarked."""
+        return policy_step(self.average_actor, policy_tables(game, self.average_actor) if game.is_local else None)
 
 
 # ALGO LOGIC: exploration by basis players
@@ -321,7 +378,7 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
     game.reset(generator)
     num_runs, n, size = args.num_runs, args.num_players, game.action_size
     std = agent.actor_logstd.exp()
-    first = EXERCISE_DAY if game.task == "bermudan" else 0  # before, nobody has a choice
+    first = game.first_move  # before, nobody has a choice
     # Every step has basis players of its own, the same in all runs
     lots = torch.rand(game.num_steps, n, generator=generator, device=game.device)
     basis = lots.topk(args.num_basis, dim=1).indices
@@ -354,7 +411,7 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
     returns = rewards_to_go(game, args, basis)[first:].expand(*observations.shape[:3])
     # The scale of rewards-to-go differs by orders of magnitude between the first day and the last
     returns = (returns - returns.mean((1, 2), keepdim=True)) / (returns.std((1, 2), keepdim=True) + 1e-12)
-    if args.common_random_numbers:
+    if args.baseline == "runs":
         # The baseline is what the same player earned on the same increments in all runs; or in a run and its mirror
         # image alone, because what both of them earn is of second order in the exploration and shows no direction
         alike = returns.unflatten(1, (2, -1)) if args.antithetic else returns[:, None]
@@ -368,6 +425,18 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
     return Batch(*(x.flatten(0, 2) for x in batch))
 
 
+def price_slope(game: CalibrationGame, args: Args, paid: Tensor) -> float | Tensor:
+    """Derivative of what is maximised with respect to the exotic's price, units of S₀.
+
+    What is maximised is minus the price, the price, or −(price − target)², in vol points of `exotic_unit`. The price is
+    that of the run without exploration, whose cashflows are the last of `paid` (R, n).
+    """
+    if args.objective == "target":
+        price = paid[-1].mean() - game.exotic_sampling_error()
+        return -2.0 * (price - args.target_price * BASIS_POINT) / game.exotic_unit**2
+    return (1.0 if args.objective == "max" else -1.0) / game.exotic_unit
+
+
 def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
     """Sum of the rewards from each step on, (T, num_runs, num_basis), or (…, 1) where all players share it.
 
@@ -378,7 +447,7 @@ def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
     errors = game.errors() if game.task == "local-vol" else None  # (R, days, strikes), the mean policy's run last
     if game.task == "local-vol" and shared:
         explored = errors[:num_runs]
-        if args.common_random_numbers:
+        if args.common_random_numbers and args.centre_errors:
             # Exploration raises everybody's variance on average, which is no error of the policy. So a run's error is
             # that of the run without exploration, and what its own exploration adds beyond the average
             explored = errors[-1] + explored - explored.mean(0)
@@ -387,10 +456,15 @@ def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
         # The run without exploration says where the policy's prices are off
         paths = torch.stack([x[:num_runs, basis.flatten()] for x in game.log_spots])
         rewards = game.difference_rewards(errors[-1], paths)  # (T, num_runs, T · num_basis)
-    elif shared:
-        rewards = -game.bermudan_cashflows().mean(-1, keepdim=True).diff(dim=0)[:, :num_runs]
     else:
-        return -game.bermudan_paid()[:num_runs, basis].transpose(0, 1)
+        paid = game.exotic_paid()
+        slope = price_slope(game, args, paid)
+        if not shared:
+            # What a path is paid, and what its volatility does to the others' by the leverage, now and later
+            to_go = slope * (paid + game.leverage_effects(paid).flip(0).cumsum(0).flip(0))
+            return to_go[:, :num_runs].gather(2, basis[:, None].expand(-1, num_runs, -1))
+        prices = game.exotic_cashflows().mean(-1, keepdim=True)  # (T + 1, R, 1)
+        rewards = slope * prices[:, :num_runs].diff(dim=0)
     to_go = rewards.flip(0).cumsum(0).flip(0)
     if shared:
         return to_go
@@ -409,7 +483,7 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     old = torch.distributions.Normal(batch.means, batch.logstds.exp(), validate_args=False)
     kl = torch.distributions.kl_divergence(old, new).sum(-1).mean()
     value_loss = torch.zeros_like(kl)
-    if not args.common_random_numbers:
+    if args.baseline == "critic":
         value_loss = 0.5 * (agent.critic(batch.observations)[:, 0] - batch.returns).square().mean()
     loss = policy_loss + agent.kl_coef * kl + args.vf_coef * value_loss
     clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
@@ -460,13 +534,17 @@ def train(run: Run, game: CalibrationGame) -> Agent:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
         batch = rollout(game, agent, args, generator)
         losses = update(agent, optimizer, batch, args, generator)
+        # The first updates move fast, so the average begins with a short memory
+        weight = max(args.average, 10 / (iteration + 9))
+        for mean, new in zip(agent.average_actor.parameters(), agent.actor_mean.parameters(), strict=True):
+            mean.data.lerp_(new.data, weight)
         if run.due(iteration):
             row = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
             row |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "losses/kl_coef": agent.kl_coef.item()}
             run.check_finite(row, agent)
             row |= validation(agent.stepper(game))
             # At the end the checkpoint has a market, for the other phases' --marlvol-checkpoint
-            also = {"market": export_market(game, agent.actor_mean)} if iteration == args.num_iterations else {}
+            also = {"market": export_market(game, agent.average_actor)} if iteration == args.num_iterations else {}
             run.log(row, validation.describe(row), **also)
     return agent
 
@@ -479,6 +557,8 @@ def benchmark(run: Run, game: CalibrationGame, agent: Agent):
     args: Args = run.args
     settings = {"smile": args.smile, "task": args.task, "state": args.state, "action map": args.action_map}
     settings |= {"reward": args.reward, "days": game.num_steps, **run.settings()}
+    if args.task == "exotic":
+        settings |= {"payoff": args.payoff, "objective": args.objective, "target price (bp)": args.target_price}
     contest = {
         "title": f"Phase 0 ({args.smile}, {args.task}, {args.state})",
         "settings": settings,
@@ -486,11 +566,13 @@ def benchmark(run: Run, game: CalibrationGame, agent: Agent):
         "models": {"agent": agent.stepper(game)},
         "num_paths": args.eval_paths,
     }
-    if args.task == "bermudan":
-        result, learnt = bermudan_benchmark(**contest)
-        return result, partial(bermudan_report, result=result, learnt=learnt, beside=args.beside)
+    if args.task == "exotic":
+        target = None if args.target_price is None else args.target_price * BASIS_POINT
+        result, fits, learnt = exotic_benchmark(**contest, objective=args.objective, target_price=target)
+        figures = {"game": game, "result": result, "played": fits, "learnt": learnt, "beside": args.beside}
+        return result, partial(exotic_report, **figures)
     result, fits = smile_benchmark(**contest)
-    market = Marlvol(export_market(game, agent.actor_mean))
+    market = Marlvol(export_market(game, agent.average_actor))
     return result, partial(calibration_report, game=game, result=result, played=fits, market=market)
 
 
@@ -498,7 +580,7 @@ def check_game(run: Run, surface: smiles.Surface) -> None:
     """Raises `UsageError` if an agent would be benchmarked in another game, or go on with another smile."""
     args = run.args
     if args.evaluate is not None:
-        for name in ("task", "state", "action_map"):
+        for name in ("task", "state", "action_map", "act_before_t1"):
             new, old = getattr(args, name), getattr(run.trained, name)
             check(new == old, f"--{name.replace('_', '-')} is {new}, but the agent was trained with {old}")
         check(type(run.steps) is int, f"{args.evaluate}: does not fit this script, it has no steps")

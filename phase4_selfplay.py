@@ -87,8 +87,8 @@ class Args(QuotingArgs, BatchedRunArgs):
 
     # Self-play
     opponent: Literal["lag", "league", "pool", "baseline"] = "lag"
-    """who takes the seats that the classical makers leave: the agent some updates ago; that and, in other rows, one of a
-    pool of its snapshots; the pool alone (fictitious self-play); or the tuned Avellaneda–Stoikov maker"""
+    """who takes the seats that the classical makers leave: the agent some updates ago; that and, in other rows, one of
+    a pool of its snapshots; the pool alone (fictitious self-play); or the tuned Avellaneda–Stoikov maker"""
     lag: int = 1
     """how many updates behind the latest opponent is"""
     past_share: float = 0.5

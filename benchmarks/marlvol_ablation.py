@@ -24,8 +24,12 @@ DIFFERENCE = ["--reward", "difference"]
 VARIANTS = {
     "default (shared reward)": [],
     "difference reward": DIFFERENCE,
-    "common random numbers off": ["--no-common-random-numbers"],
     "antithetic exploration off": ["--no-antithetic"],
+    "critic as the baseline": ["--baseline", "critic"],
+    "errors not centred": ["--no-centre-errors"],
+    "increments of its own for every run (critic, not centred)": ["--no-common-random-numbers"],
+    "no average of the weights": ["--average", "1"],
+    "60 basis players": ["--num-basis", "60"],
     "basis players off, shared reward": ["--no-basis-players"],
     "basis players off, difference reward": ["--no-basis-players", *DIFFERENCE],
     "reference model off": ["--reference", "none"],

@@ -32,8 +32,9 @@ SMILE = {  # of a calibrated smile (phase 0), vol points, on the maturities that
     "RMSE": 0.12,
     "largest error": 0.4,
 }
-BERMUDAN = {
+EXOTIC = {  # of phase 0's other task
     "vanilla RMSE": 0.13,  # vol points
-    "switch value": 0.30,  # share of local volatility's, with a path-dependent state
-    "switch value off": 0.05,  # vol points from local volatility's, with the state (t, S)
+    "way to the bound": 0.85,  # share of the way from local volatility's price, by the min of a Bermudan
+    "off the target": 0.02,  # vol points
+    "local, off local volatility's price": 0.05,  # vol points, with the state (t, S)
 }

@@ -1,13 +1,22 @@
 """The benchmark of phase 0: a calibrated model on fresh paths, compared with local and constant volatility on them."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from envs.benchmark.bars import BERMUDAN, MIN_PATHS, SMILE
+from envs.benchmark.bars import EXOTIC, MIN_PATHS, SMILE
 from envs.benchmark.report import Z95, Benchmark, Estimate
-from envs.calibration.bermudan import Dependence, bermudan, learnt_dependence
+from envs.calibration.exotic import (
+    Dependence,
+    is_bermudan,
+    learnt_dependence,
+    nested_gain,
+    switch_values,
+    value_exotic,
+)
 from envs.calibration.game import (
     FIRST_DAY,
     FIRST_JUDGED,
@@ -19,6 +28,8 @@ from envs.calibration.game import (
     play,
     sample,
 )
+from envs.calibration.payoffs import DT, ForwardStartCall
+from envs.optimum import transport
 from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
 
 Tensor = torch.Tensor
@@ -31,21 +42,23 @@ CALIBRATION_COLUMNS = {
     "bias": "mean",
     "rmse_early": f"RMSE, days {FIRST_DAY} to {FIRST_JUDGED - 1}",
 }
-BERMUDAN_COLUMNS = {
-    "price": "Bermudan (bp)",
-    "floor": "European floor (bp)",
+BASIS_POINT = 1e-4
+EXOTIC_COLUMNS = {
+    "price": "price (bp)",
+    "upper": "at most (bp)",
+    "floor": "dearest European (bp)",
     "switch_value": "switch value",
-    "switch_value_in_sample": "in sample",
     "rmse": "vanilla RMSE",
     "worst": "max",
 }
+NUM_NODES = 81  # of the grid on which the bounds are computed
 
 
 class Validation:
     """The points of the learning curve: a model on fixed paths, other ones than those of training and benchmark.
 
-    Calling it with a `Step` gives the calibration error of the maturities that are judged; in the Bermudan task the
-    price too.
+    Calling it with a `Step` gives the calibration error of the maturities that are judged; in the exotic task the price
+    too, and a Bermudan's switch value.
     """
 
     def __init__(self, game: CalibrationGame):
@@ -53,11 +66,12 @@ class Validation:
 
     def __call__(self, step: Step) -> dict[str, float]:
         metrics = {}
-        if self.game.task == "bermudan":
-            value = bermudan(self.game, sample(self.game, step, VALIDATION_PATHS, VALIDATION_SEED))
-            metrics["charts/bermudan_price"] = value.price
+        if self.game.task == "exotic":
+            value = value_exotic(sample(self.game, step, VALIDATION_PATHS, VALIDATION_SEED))
+            metrics["charts/exotic_price"] = value.price
             metrics["charts/european_floor"] = value.floor
-            metrics["charts/switch_value"] = value.switch_value
+            if is_bermudan(self.game):
+                metrics["charts/switch_value"] = float(switch_values(self.game, torch.tensor(value[:2])))
         play(self.game, step, VALIDATION_SEED)
         errors = judged(self.game.errors()[0])
         metrics["charts/rmse"] = float(errors.square().mean().sqrt())
@@ -70,7 +84,7 @@ class Validation:
         error = f"RMSE {metrics['charts/rmse']:.3f} vol points"
         if self.game.task == "local-vol":
             return f"{error}, at most {metrics['charts/max_error']:.2f}"
-        return f"switch value {metrics['charts/switch_value']:.2f}, {error}"
+        return f"price {metrics['charts/exotic_price'] / BASIS_POINT:.2f} bp, {error}"
 
 
 # PLAYING
@@ -113,21 +127,34 @@ def smile_benchmark(
     return judge_smile(title, settings, fits), fits
 
 
-def bermudan_benchmark(
-    *, title: str, settings: Mapping, game: CalibrationGame, models: Mapping[str, Step], num_paths: int
-) -> tuple[Benchmark, Dependence]:
-    """Plays all models on the same fresh paths and judges the Bermudan of "agent"; also says what "agent" has learnt.
+def exotic_benchmark(
+    *,
+    title: str,
+    settings: Mapping,
+    game: CalibrationGame,
+    models: Mapping[str, Step],
+    num_paths: int,
+    objective: str,
+    target_price: float | None = None,
+) -> tuple[Benchmark, dict[str, Calibration], Dependence]:
+    """Plays all models on the same fresh paths and judges the exotic of "agent".
 
     Args:
-        settings: what the report says about the run; the paths, their seed and the strikes are added.
+        settings: what the report says about the run; the paths, their seed, days and strikes are added.
         models: by name, "agent" among them; local volatility is added.
         num_paths: rounded down to a multiple of `NUM_CHUNKS`.
+        objective, target_price: see `judge_exotic`.
+
+    Returns:
+        The verdict, the errors of the vanillas, and what "agent" has learnt.
     """
     models = {**models, DUPIRE: CalibrationGame.step_dupire}
-    settings = {**settings, **_path_settings(num_paths), "k1": game.strike_t1, "k2": game.strike_t2}
-    paths = {name: benchmark_paths(game, step, num_paths) for name, step in models.items()}
+    payoff = game.payoff
+    settings = {**settings, **_path_settings(num_paths), "days": payoff.days, "strikes": payoff.strikes}
+    played = {name: price_exotic(game, step, num_paths) for name, step in models.items()}
     learnt = learnt_dependence(game, models["agent"])
-    return judge_bermudan(title, settings, game, paths, learnt), learnt
+    result = judge_exotic(title, settings, game, played, learnt, objective, target_price)
+    return result, {name: exotic.vanillas for name, exotic in played.items()}, learnt
 
 
 def _path_settings(num_paths: int) -> dict[str, int]:
@@ -188,75 +215,175 @@ def judge_smile(title: str, settings: dict, played: Mapping[str, Calibration]) -
     return result
 
 
-def judge_bermudan(
-    title: str, settings: dict, game: CalibrationGame, played: Mapping[str, Paths], learnt: Dependence
-) -> Benchmark:
-    """The verdict on a Bermudan's model: the vanillas keep their market prices, the price is not below the floor, and
-    the switch value is what the state allows.
+# THE EXOTIC
 
-    - path-dependent: the switch value must be a small share of local volatility's, and volatility must rise with S_t1
-      and fall with S_t. The share compares our larger estimate (in sample) with local volatility's smaller one.
-    - local, (t, S): the switch value must be local volatility's, as localisation leaves no other.
-    - non-path-dependent: no criterion, as σ_{t−1} may or may not carry memory of the path. What was learnt is reported.
+
+class PricedExotic(NamedTuple):
+    """An exotic in a model, in units of S₀.
+
+    `price` is by an exercise rule found on other paths, so it is not above the model's price but for Monte Carlo error;
+    `upper` is by nested simulation and not below it. They are equal where the holder has no choice; `upper` is NaN with
+    more than two dates. `floor` is the dearest exercise date alone, 0 where there is no choice.
+    """
+
+    price: float
+    upper: float
+    floor: float
+    without: Tensor  # (chunks, 2) price and floor when one chunk of paths is left out, for the jackknife
+    vanillas: Calibration
+
+
+def price_exotic(game: CalibrationGame, step: Step, num_paths: int) -> PricedExotic:
+    """Prices of the exotic and errors of the vanillas in a model, on the benchmark's paths."""
+    paths = benchmark_paths(game, step, num_paths)
+    value = value_exotic(paths)
+    upper = value.price
+    if is_bermudan(game):
+        two = len(game.payoff.exercise_days) == 2
+        upper = float(paths.exercises[0].double().mean()) + nested_gain(game, step) if two else math.nan
+    return PricedExotic(value.price, upper, value.floor, value.without, calibrate(game, paths))
+
+
+def price_bound(game: CalibrationGame, objective: str) -> float | None:
+    """The least ("min") or greatest ("max") price over all models that reprice the vanillas of the payoff's days, units
+    of S₀; None for a payoff or an objective that has none here. See `envs.optimum.transport`."""
+    payoff = game.payoff
+    european = isinstance(payoff, ForwardStartCall)
+    two = is_bermudan(game) and len(payoff.days) == 2
+    if objective == "target" or not (european or two):
+        return None
+    strikes = () if european else payoff.strikes
+    laws = transport.surface_marginals(game.surface, [day * DT for day in payoff.days], strikes, NUM_NODES)
+    x = laws.nodes
+    if european:
+        ratio = x[None, :] / np.maximum(x, x[1])[:, None]
+        bounds = transport.payoff_bounds(laws, np.maximum(ratio - payoff.strikes[0], 0.0), (0, len(payoff.days) - 1))
+        return bounds.least if objective == "min" else bounds.greatest
+    exercise = {i: np.maximum(payoff.sign * (x - k), 0.0) for i, k in enumerate(payoff.strikes)}
+    bound = transport.least_bermudan if objective == "min" else transport.greatest_bermudan
+    return bound(laws, exercise)
+
+
+def market_floor(game: CalibrationGame) -> float:
+    """The dearest of a Bermudan's Europeans on the market, units of S₀; 0 for other payoffs."""
+    if not is_bermudan(game):
+        return 0.0
+    payoff = game.payoff
+    worth = []
+    for day, strike in zip(payoff.days, payoff.strikes, strict=True):
+        call = float(game.surface.call_price(math.log(strike), day * DT))
+        worth.append(call if payoff.sign > 0 else call - 1.0 + strike)
+    return max(worth)
+
+
+def judge_exotic(
+    title: str,
+    settings: dict,
+    game: CalibrationGame,
+    played: Mapping[str, PricedExotic],
+    learnt: Dependence,
+    objective: str,
+    target_price: float | None = None,
+) -> Benchmark:
+    """The verdict on an exotic's model: the vanillas keep their market prices, and the exotic has the price asked for.
+
+    - min, max, of a payoff with a bound and with a path-dependent state: the share of the way from local volatility's
+      price to the bound, each above its dearest European, since a model's vanillas are not exactly the market's. A
+      Bermudan's price has two sides; the agent's is taken from the worse one, local volatility's from the other.
+    - target: the price is the target's, within a bar in vol points of the at-the-money option of the last maturity.
+    - a state of (t, S) alone: the price is local volatility's, as localisation leaves no other.
 
     Args:
         settings: what the report says; `paths` is judged.
-        played: `benchmark_paths` of "agent" and `DUPIRE`.
+        played: `price_exotic` of "agent" and `DUPIRE`.
+        objective: min, max or target.
+        target_price: units of S₀, for the objective target.
     """
-    values = {name: bermudan(game, paths) for name, paths in played.items()}
-    rows = {}
-    for name, value in values.items():
-        rows[name] = {
-            "price": 1e4 * value.price,
-            "floor": 1e4 * value.floor,
-            "switch_value": value.switch_value,
-            "switch_value_in_sample": value.switch_value_in_sample,
-            **_row(calibrate(game, played[name]).errors),
-        }
-    mine, other = values["agent"], values[DUPIRE]
-    saved = jackknife(other.switch_value - mine.switch_value, other.without - mine.without)
-    share = jackknife(mine.switch_value / other.switch_value, mine.without / other.without)
+    rows = {name: _exotic_row(game, exotic) for name, exotic in played.items()}
+    mine, other = played["agent"], played[DUPIRE]
+    saved = jackknife((other.price - mine.price) / BASIS_POINT, (other.without - mine.without)[:, 0] / BASIS_POINT)
     on_t1, on_now = learnt.slopes
     result = Benchmark(
         title,
         {
             **settings,
             "ln m per standard deviation of ln S_t1 and of ln S_t": f"{on_t1:+.3f}, {on_now:+.3f}",
-            "mean localised volatility bends at S_t1 =": learnt.kink,
-            "bars": BERMUDAN,
+            "mean localised multiplier bends at S_t1 =": learnt.kink,
+            "bars": EXOTIC,
         },
         rows,
         {DUPIRE: saved},
-        columns=BERMUDAN_COLUMNS,
-        advantage_title="its switch value − agent's [95 %]",
+        columns={key: title for key, title in EXOTIC_COLUMNS.items() if key in rows["agent"]},
+        advantage_title="its price − agent's (bp) [95 %]",
     )
-    result.shares["switch value, of local volatility's"] = share
-    _require_switch_value(result, game, learnt)
+    _require_price(result, game, mine, other, objective, target_price)
+    bar = EXOTIC["vanilla RMSE"]
     ours = rows["agent"]
-    bar = BERMUDAN["vanilla RMSE"]
     result.require(f"vanilla RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
-    above = ours["price"] - ours["floor"]
-    result.require("not below the European floor", above >= 0, f"{above:+.3f} bp")
+    if is_bermudan(game):
+        above = ours["price"] - ours["floor"]
+        result.require("not below the dearest European", above >= 0, f"{above:+.3f} bp")
     _require_paths(result)
     return result
 
 
-def _require_switch_value(result: Benchmark, game: CalibrationGame, learnt: Dependence) -> None:
-    """Adds the criteria of the switch value, see `judge_bermudan`."""
-    ours, theirs = result.rows["agent"], result.rows[DUPIRE]
-    if game.state_kind == "path-dependent":
-        on_t1, on_now = learnt.slopes
-        (share,) = result.shares.values()
-        bar = BERMUDAN["switch value"]
-        upper = max(share.high, ours["switch_value_in_sample"] / theirs["switch_value"])
-        name = f"switch value at most {100 * bar:g} % of local volatility's"
-        result.require(name, upper <= bar, f"at most {100 * upper:.1f} %")
-        result.require("learnt volatility rises with S_t1", on_t1 > 0, f"ln m {on_t1:+.3f} per standard deviation")
-        result.require("learnt volatility falls with S_t", on_now < 0, f"ln m {on_now:+.3f} per standard deviation")
-    elif game.is_local:
-        bar = BERMUDAN["switch value off"]
-        off = ours["switch_value"] - theirs["switch_value"]
-        result.require(f"switch value is local volatility's, within {bar}", abs(off) <= bar, f"{off:+.3f}")
+def _require_price(
+    result: Benchmark,
+    game: CalibrationGame,
+    mine: PricedExotic,
+    other: PricedExotic,
+    objective: str,
+    target_price: float | None,
+) -> None:
+    """Adds the criterion of the exotic's price, see `judge_exotic`; `other` is local volatility's."""
+    unit = game.exotic_unit
+    if game.is_local:
+        bar = EXOTIC["local, off local volatility's price"]
+        off = abs(mine.price - other.price) / unit
+        result.require(f"price is local volatility's, within {bar} vol points", off <= bar, f"{off:.3f}")
+    elif objective == "target":
+        bar = EXOTIC["off the target"]
+        off = (mine.price - target_price) / unit
+        result.require(f"price within {bar} vol points of the target", abs(off) <= bar, f"{off:+.4f}")
+        if "upper" in result.rows["agent"]:
+            result.remarks.append(
+                f"its upper bound is {(mine.upper - target_price) / unit:+.4f} vol points off the target"
+            )
+    else:
+        _require_way(result, game, mine, other, objective)
+
+
+def _exotic_row(game: CalibrationGame, exotic: PricedExotic) -> dict[str, float]:
+    """A model's row in the table; without what its payoff does not have."""
+    row = {"price": exotic.price / BASIS_POINT}
+    if is_bermudan(game):
+        if not math.isnan(exotic.upper):
+            row["upper"] = exotic.upper / BASIS_POINT
+        row["floor"] = exotic.floor / BASIS_POINT
+        prices = torch.tensor([exotic.price, exotic.floor], dtype=torch.float64)
+        row["switch_value"] = float(switch_values(game, prices))
+    return row | _row(exotic.vanillas.errors)
+
+
+def _require_way(
+    result: Benchmark, game: CalibrationGame, mine: PricedExotic, other: PricedExotic, objective: str
+) -> None:
+    """Adds the share of the way from local volatility to the bound, and its criterion, see `judge_exotic`."""
+    bound = price_bound(game, objective)
+    if bound is None:
+        return
+    goal = bound - market_floor(game)
+    over = [exotic.price - exotic.floor for exotic in (mine, other)]
+    without = [exotic.without[:, 0] - exotic.without[:, 1] for exotic in (mine, other)]
+    share = jackknife((over[1] - over[0]) / (over[1] - goal), (without[1] - without[0]) / (without[1] - goal))
+    # The bound of the price on the side that does the agent no favour
+    doubt = mine.upper - mine.price if objective == "min" else other.upper - other.price
+    least = share.low - (0.0 if math.isnan(doubt) else max(doubt, 0.0) / abs(over[1] - goal))
+    result.settings["bound of all models (bp)"] = bound / BASIS_POINT
+    result.shares["way to the bound of all models"] = share
+    bar = EXOTIC["way to the bound"]
+    if game.state_kind == "path-dependent" and objective == "min":
+        result.require(f"{100 * bar:g} % of the way to the bound", least >= bar, f"at least {100 * least:.1f} %")
 
 
 def _require_paths(result: Benchmark) -> None:

@@ -7,10 +7,10 @@ are the paper's). The simulation stores no computational graph, so its memory do
 
     ln S_{t+1} = ln S_t − ½ σ_t² δ + σ_t √δ Z_t                                                             (5)
 
-There are two tasks. `local-vol` fits the implied volatilities of all strikes and maturities. `bermudan` makes the
-Bermudan option max{(S_{t1} − k1)⁺, E_{t1}[(S_{t2} − k2)⁺]} as cheap as possible while the vanillas keep their market
-prices. Localisation keeps them there: σ = σ_loc(t, S) m/√E[m²|S], where the players choose m (Gyöngy 1986; Guyon &
-Henry-Labordère 2012).
+There are two tasks. `local-vol` fits the implied volatilities of all strikes and maturities. `exotic` moves the price
+of an exotic while the vanillas keep their market prices; by default it is the Bermudan
+max{(S_{t1} − k1)⁺, E_{t1}[(S_{t2} − k2)⁺]}. Localisation keeps the vanillas: σ = σ_loc(t, S) m/√E[m²|S], where the
+players choose m (Gyöngy 1986; Guyon & Henry-Labordère 2012).
 
 Shapes: R runs side by side of n players each, (R, n). Under common random numbers all runs have the same Brownian
 increments and differ only by their players' actions. S₀ = 1, zero rates; time steps are trading days, δ = 1/252.
@@ -18,22 +18,21 @@ increments and differ only by their players' actions. S₀ = 1, zero rates; time
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import brentq
 
+from envs.calibration.payoffs import DT, make_payoff
 from envs.calibration.regression import REGRESSIONS
 from envs.market import black_scholes
 from envs.market.smiles import CALIBRATED, Surface
-from envs.market.units import TRADING_DAYS, VOL_POINT
+from envs.market.units import VOL_POINT
 from envs.run.seeds import REFERENCE_SEED
 
 Tensor = torch.Tensor
-DT = 1.0 / TRADING_DAYS
-TASKS = ("local-vol", "bermudan")
+TASKS = ("local-vol", "exotic")
 STATES = ("local", "non-path-dependent", "path-dependent")
 ACTION_MAPS = {"direct": 1, "normal": 2, "stochastic": 3}  # name → size of an action
 REFERENCES = ("local-vol", "black-scholes", "none")
@@ -41,18 +40,18 @@ REFERENCES = ("local-vol", "black-scholes", "none")
 FIRST_DAY = 5  # first maturity; a lognormal step has no skew, so the first days cannot be fitted
 FIRST_JUDGED = 21  # first maturity of the benchmark; the last one is num_steps
 STRIKES = torch.linspace(*CALIBRATED, 11, dtype=torch.float64)  # in standard deviations √w(0, t) from the money
-EXERCISE_DAY = 21  # t1 of the Bermudan; t2 is the last day
+FIRST_DATE = 21  # t1 unless another is given: of the exotic, and what a path-dependent state remembers
 NODES = 161  # number of nodes of a grid of log-spots
 WIDTH = 8.0  # half-width of a grid in standard deviations
 REFERENCE_PATHS = 2**21  # paths that measure the errors of daily local volatility
 VALIDATION_PATHS = 2**16
-MAX_LOG_MULTIPLIER = 1.0  # bound of |ln m| in the Bermudan task
+MAX_LOG_MULTIPLIER = 1.0  # bound of |ln m| in the exotic task
 
 
 class State(NamedTuple):
     """State of the players, (R, n) each: ln S and ln(σ/`reference_volatility`) of the last step, now and at t1.
 
-    In the Bermudan task ln m of the last step takes the place of the volatility.
+    In the exotic task ln m of the last step takes the place of the volatility.
     """
 
     log_spot: Tensor
@@ -126,7 +125,9 @@ class CalibrationGame:
         reference: one of `REFERENCES`, a control variate. This model is simulated on the same increments; its expected
             errors are known, so its sampling error can be subtracted. "none" for no correction.
         vega_weights: weight errors of implied volatility by vega instead of equally.
-        regression: one of `REGRESSIONS`, for the Bermudan's continuation value in the rewards.
+        payoff, days, strikes: see `make_payoff`; days are (`FIRST_DATE`, num_steps) where None. The first day is t1.
+        act_before_t1: the players choose m from the first day on, not from t1 on only.
+        regression: one of `REGRESSIONS`, for the exotic's continuation value in the rewards.
 
     Actions are (R, n, size). Zero means the reference volatility (at the money, last maturity), or m = 1. Their maps:
 
@@ -135,9 +136,9 @@ class CalibrationGame:
     - stochastic, size 3: ln σ_{t+1} = ln σ_t + μδ + ηρ√δ Z_t + η√(1−ρ²)√δ Z⊥_t (9), with μ = 10a₀, η = 2e^{a₁} and
       ρ = tanh(a₂ − 1), annualised; σ starts at the local volatility.
 
-    In the Bermudan task the same maps give ln m, from day t1 on and within ±`MAX_LOG_MULTIPLIER` (by tanh; the
-    stochastic map is clamped). Before t1 the model is plain local volatility, so the continuation value at t1 depends
-    on S_{t1} alone.
+    In the exotic task the same maps give ln m, within ±`MAX_LOG_MULTIPLIER` (by tanh; the stochastic map is clamped).
+    Unless `act_before_t1`, the model is plain local volatility before t1. Then the continuation value at t1 depends on
+    S_{t1} alone, else on the last m too.
 
     Attributes:
         days, maturity: (days,) trading days and (days, 1) years of the maturities.
@@ -165,6 +166,10 @@ class CalibrationGame:
         common: bool = True,
         reference: str = "none",
         vega_weights: bool = False,
+        payoff: str = "bermudan-call",
+        days: Sequence[int] | None = None,
+        strikes: Sequence[float] | None = None,
+        act_before_t1: bool = False,
         regression: str = "knots",
         device: torch.device | str = "cpu",
     ):
@@ -191,15 +196,17 @@ class CalibrationGame:
         self.action_map = action_map
         self.action_size = ACTION_MAPS[action_map]
         self.observation_size = {"local": 2, "non-path-dependent": 3, "path-dependent": 5}[state]
+        self.payoff = make_payoff(payoff, surface, days or (FIRST_DATE, num_steps), strikes)
+        if self.payoff.days[-1] != num_steps:
+            raise ValueError(f"days ends with {self.payoff.days[-1]} (num_steps, {num_steps})")
+        self.t1 = self.payoff.days[0]
+        self.first_move = 0 if task == "local-vol" or act_before_t1 else self.t1  # day of the first actions
         self.common = common
         self.reference = reference
         self.regression = regression
         self.device = torch.device(device)
         self._tabulate_local_volatility()
         self._choose_options(vega_weights)
-        if task == "bermudan":
-            self.strike_t1 = 1.0
-            self.strike_t2 = bermudan_strike(surface, EXERCISE_DAY, num_steps)
 
     def _tabulate_local_volatility(self) -> None:
         """Local volatility of each step: Dupire's at its start.
@@ -245,6 +252,8 @@ class CalibrationGame:
         game = CalibrationGame(**{**self.settings, **changes})
         if not {"surface", "num_steps", "reference"} & set(changes):
             game.reference_errors = self.reference_errors  # slow to compute
+            if "reference_price" in vars(self):
+                game.reference_price = self.reference_price
         return game
 
     def to(self, device: torch.device) -> "CalibrationGame":
@@ -301,18 +310,22 @@ class CalibrationGame:
         self.state = State(zero, first, zero, first)
         self.log_spots = [zero]  # (R, n) at every time
         self.log_volatilities = []  # ln σ (R, n) of every step
+        self.remembered = []  # what every step has left as the state's ln σ or ln m, (R, n)
         self.leverages = []  # √E[m²|S] (NODES,) of every step in the last run
         self.reference_log_spots = [torch.zeros_like(shocks[0])] if self.reference != "none" else []
 
     def features(self, t: int, state: State) -> Tensor:
-        """Input (…, observation_size) of the networks, of order one: time, ln S in standard deviations, then the other
-        components of the state if its kind has them."""
-        z = state.log_spot / self.grid.scale[t]
-        columns = [torch.full_like(z, 2.0 * t / self.num_steps - 1.0), z]
+        """Input (…, observation_size) of the networks, within about ±2: time, ln S in standard deviations, then the
+        other components of the state if its kind has them.
+
+        Time is its root, as a diffusion's scale is: local volatility changes fastest on the first days.
+        """
+        z = 2.0 * state.log_spot / self.grid.scale[t]
+        columns = [torch.full_like(z, 4.0 * math.sqrt(t / self.num_steps) - 2.0), z]
         if self.state_kind != "local":
             columns.append(2.0 * state.log_volatility)
         if self.state_kind == "path-dependent":
-            columns += [state.log_spot_t1 / self.grid.scale[EXERCISE_DAY], 2.0 * state.log_volatility_t1]
+            columns += [2.0 * state.log_spot_t1 / self.grid.scale[self.t1], 2.0 * state.log_volatility_t1]
         return torch.stack(columns, -1)
 
     def observe(self) -> Tensor:
@@ -327,7 +340,7 @@ class CalibrationGame:
             chosen = chosen.clamp(-3, 3)
             following = following.clamp(-3, 3)
             log_volatility = math.log(self.reference_volatility) + chosen
-        elif t < EXERCISE_DAY:
+        elif t < self.first_move:
             following = torch.zeros_like(self.state.log_spot)
             log_volatility = self._local(t, self.state.log_spot).log()
             self.leverages.append(torch.ones_like(self.local_volatility[t]))
@@ -388,12 +401,13 @@ class CalibrationGame:
         change = volatility * (math.sqrt(DT) * self.shocks[t]) - (0.5 * DT) * volatility**2
         log_spot = self.state.log_spot + change
         self.t = t + 1
-        if self.t <= EXERCISE_DAY:
+        if self.t <= self.t1:
             self.state = State(log_spot, following, log_spot, following)
         else:
             self.state = State(log_spot, following, self.state.log_spot_t1, self.state.log_volatility_t1)
         self.log_spots.append(log_spot)
         self.log_volatilities.append(log_volatility)
+        self.remembered.append(following)
         if self.reference != "none":
             x = self.reference_log_spots[-1]
             sigma = self._local(t, x) if self.reference == "local-vol" else self.constant_volatility
@@ -463,31 +477,103 @@ class CalibrationGame:
             paid += coefficient[:, j].view(shape) * (sign * (spot - strike)).clamp_(min=0)
         return torch.cat((torch.zeros_like(log_spots[1:FIRST_DAY]), paid))
 
-    def _spots_t1(self) -> Tensor:
-        """ln S_t1 (R, n), or (1, n) with common random numbers: all runs are the same until t1."""
-        return self.log_spots[EXERCISE_DAY][: 1 if self.common else None]
+    # The exotic
 
-    def bermudan_cashflows(self) -> Tensor:
-        """The paper's fake cashflow X̃_t (T + 1, R, n), equation (8); at t2 it equals the Bermudan's cashflow.
+    @cached_property
+    def exotic_unit(self) -> float:
+        """Price of a vol point of the at-the-money option of the last maturity, in which errors of the exotic are."""
+        one = torch.ones(())
+        return VOL_POINT * float(black_scholes.vega(one, one, self.num_steps * DT, self.reference_volatility * one))
 
-        X̃_t = max{(S_t1 − k1)⁺, E_t1[(S_t − k̃_t)⁺]} with k̃_t = k2^{√(t/t2)} after t1, and (S_t1 − k1)⁺ until t1. The
-        expectation is a regression on S_t1 within the sample (Longstaff & Schwartz 2001).
+    @cached_property
+    def reference_price(self) -> float:
+        """The exotic's price in daily local volatility, from `REFERENCE_PATHS` paths, units of S₀."""
+        alone = self.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
+        prices = []
+        for chunk in range(REFERENCE_PATHS // alone.num_players):
+            play(alone, CalibrationGame.step_dupire, REFERENCE_SEED + chunk)
+            prices.append(float(alone.exotic_paid().double().mean()))
+        return sum(prices) / len(prices)
+
+    def exotic_sampling_error(self) -> float | Tensor:
+        """By how much these increments make the exotic too dear in local volatility, if that is the reference model.
+
+        A control variate as in `errors`.
         """
-        spot_t1 = self.log_spots[EXERCISE_DAY].exp()
-        exercise = (spot_t1 - self.strike_t1).clamp(min=0)
-        regress = REGRESSIONS[self.regression](self._spots_t1())
-        cashflows = [exercise] * (EXERCISE_DAY + 1)
-        for t in range(EXERCISE_DAY + 1, self.num_steps + 1):
-            strike = self.strike_t2 ** math.sqrt(t / self.num_steps)
-            cashflows.append(torch.maximum(exercise, regress((self.log_spots[t].exp() - strike).clamp(min=0))))
+        if self.reference != "local-vol":
+            return 0.0
+        local = copy.copy(self)
+        local.state_kind = "local"
+        local.log_spots = self.reference_log_spots
+        return local.exotic_paid().mean() - self.reference_price
+
+    def exercises(self, t: int) -> list[Tensor]:
+        """What exercise pays (R, n) on each exercise day, on the paths stopped at t (see `Payoff`)."""
+        return [self.payoff.exercise(day, self.log_spots, t) for day in self.payoff.exercise_days]
+
+    def regressors(self) -> list[list[Tensor]]:
+        """What the continuation value on each exercise day but the last depends on, (R, n) each; ln S first.
+
+        The last multiplier counts too, and after t1 the spot at t1, where the state has them. (1, n) where all runs are
+        still the same: under common random numbers before the first action.
+        """
+        rows = []
+        for day in self.payoff.exercise_days[:-1]:
+            row = [self.log_spots[day]]
+            if day > self.t1 and self.state_kind == "path-dependent":
+                row.append(self.log_spots[self.t1])
+            elif day > self.first_move and self.state_kind != "local":
+                row.append(self.remembered[day - 1])
+            same = self.common and day <= self.first_move
+            rows.append([x[: 1 if same else None] for x in row])
+        return rows
+
+    def exotic_cashflows(self) -> Tensor:
+        """The fake cashflow X̃_t (T + 1, R, n), equation (8), with the holder's best exercise; at the end the true one.
+
+        Expectations are regressions within the sample (Longstaff & Schwartz 2001). On an exercise day the cashflow is
+        the greater of exercise and expectation, X̃_t = max{(S_t1 − k1)⁺, E_t1[(S_t − k̃_t)⁺]} for the Bermudan.
+        """
+        regressions = [REGRESSIONS[self.regression](*row) for row in self.regressors()]
+        cashflows = []
+        for t in range(self.num_steps + 1):
+            *exercises, worth = self.exercises(t)
+            for k in reversed(range(len(exercises))):
+                # Until the exercise day nothing is known of what comes after it
+                known = t > self.payoff.exercise_days[k]
+                worth = torch.maximum(exercises[k], regressions[k](worth)) if known else exercises[k]
+            cashflows.append(worth)
         return torch.stack(cashflows)
 
-    def bermudan_paid(self) -> Tensor:
-        """Cashflow (R, n) of each path, exercised by the regression: n times its first-order effect on the price."""
-        exercise = (self.log_spots[EXERCISE_DAY].exp() - self.strike_t1).clamp(min=0)
-        paid = (self.log_spots[-1].exp() - self.strike_t2).clamp(min=0)
-        continuation = REGRESSIONS[self.regression](self._spots_t1())(paid)
-        return torch.where(exercise >= continuation, exercise, paid)
+    def exotic_paid(self) -> Tensor:
+        """Cashflow (R, n) of each path, exercised by the regression; its mean is the price."""
+        *exercises, paid = self.exercises(self.num_steps)
+        regressors = self.regressors()
+        for k in reversed(range(len(exercises))):
+            continuation = REGRESSIONS[self.regression](*regressors[k])(paid)
+            paid = torch.where(exercises[k] >= continuation, exercises[k], paid)
+        return paid
+
+    def leverage_effects(self, paid: Tensor) -> Tensor:
+        """First-order effect (T, R, n) of each player's multiplier at each step on what all others are paid.
+
+        A player's m also moves E[m²|S], and with it the volatility of everybody at its spot. By this alone it changes
+        the sum of `paid` (R, n) by −½ (m²/E[m²|S] − 1) D(S), where D(S) = E[∂paid/∂ln σ_t | S_t = S]. The derivative is
+        taken of the lognormal density, ∂paid/∂ln σ_t = paid · (Z² − 1 − σ√δ Z) in expectation (Broadie & Glasserman
+        1996), so it contains what the paths do later. At every spot the effects add up to nothing. Z must not depend on
+        the other noise of the step, as it does in the stochastic map.
+        """
+        effects = [torch.zeros_like(paid)] * self.num_steps
+        for t in range(self.first_move, self.num_steps):
+            log_spot = self.log_spots[t]
+            surprise = paid - self.grid.lookup(self.grid.conditional_mean(paid, t, log_spot), t, log_spot)
+            z = self.shocks[t]
+            score = z**2 - 1.0 - math.sqrt(DT) * self.log_volatilities[t].exp() * z
+            derivative = self.grid.lookup(self.grid.conditional_mean(surprise * score, t, log_spot), t, log_spot)
+            # m²/E[m²|S] = σ²/σ_loc²
+            excess = (2.0 * self.log_volatilities[t]).exp() / self._local(t, log_spot) ** 2 - 1.0
+            effects[t] = -0.5 * excess * derivative
+        return torch.stack(effects)
 
 
 def last_day(surface: Surface) -> int:
@@ -514,28 +600,28 @@ def play(game: CalibrationGame, step: Step, seed: int) -> None:
 
 
 class Paths(NamedTuple):
-    """Prices and Bermudan dates of fresh paths, in chunks of n = `num_players`."""
+    """Prices of the vanillas and the exotic's dates on fresh paths, in chunks of n = `num_players`."""
 
     prices: Tensor  # (chunks, days, strikes)
-    log_spot_t1: Tensor  # (chunks, n)
-    log_spot_t2: Tensor
+    exercises: list[Tensor]  # (chunks, n) what exercise pays, for each exercise day
+    regressors: list[list[Tensor]]  # (chunks, n) each, for each exercise day but the last, see `regressors`
 
 
 def sample(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Paths:
     """Plays a model on `num_paths` fresh paths, `num_players` at a time."""
-    chunks = []
+    prices, exercises, regressors = [], [], []
     for chunk in range(max(1, num_paths // game.num_players)):
         play(game, step, seed + chunk)
-        chunks.append((game.prices(game.log_spots)[0], game.log_spots[EXERCISE_DAY][0], game.log_spots[-1][0]))
-    return Paths(*(torch.stack(column) for column in zip(*chunks, strict=True)))
+        prices.append(game.prices(game.log_spots)[0])
+        exercises.append(game.exercises(game.num_steps))
+        regressors.append(game.regressors())
+    return Paths(
+        torch.stack(prices),
+        [torch.cat(column) for column in zip(*exercises, strict=True)],
+        [[torch.cat(column) for column in zip(*rows, strict=True)] for rows in zip(*regressors, strict=True)],
+    )
 
 
 def judged(errors: Tensor) -> Tensor:
     """The part of errors (…, days, strikes) that the benchmark judges: maturities from `FIRST_JUDGED` on."""
     return errors[..., FIRST_JUDGED - FIRST_DAY :, :]
-
-
-def bermudan_strike(surface: Surface, t1: int, t2: int) -> float:
-    """k2 such that the calls (t1, 1) and (t2, k2) are worth the same on the surface."""
-    worth = float(surface.call_price(0.0, t1 * DT))
-    return math.exp(brentq(lambda k: float(surface.call_price(k, t2 * DT)) - worth, 0.0, 5.0))

@@ -76,7 +76,7 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     """The market of a calibrated policy as tensors, numbers and names, to be saved in a checkpoint.
 
     The policy is saved as its tables if the state is (t, S), else as its linear layers. The market also has its
-    projection √E[σ_t²|S_t] (T, nodes), annualised, and in the Bermudan task the leverage √E[m²|S_t] that localises it.
+    projection √E[σ_t²|S_t] (T, nodes), annualised, and in the exotic task the leverage √E[m²|S_t] that localises it.
     Both are estimated by particles unless they are known.
 
     Raises:
@@ -85,17 +85,17 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     tables = policy_tables(game, policy) if game.is_local else None
     layers = None if game.is_local else layers_of(policy, game.observation_size)
     leverage = None
-    if game.task == "bermudan":
+    if game.task == "exotic":
         leverage = torch.stack(_played_particles(game, policy).leverages)
         projection = game.local_volatility  # by construction
     elif game.is_local:
         projection = _known_projection(game, tables)
     else:
         projection = _estimated_projection(_played_particles(game, policy))
-    names = ("num_steps", "task", "state", "action_map")
     return {
         "surface": smiles.to_dict(game.surface),
-        "game": {name: game.settings[name] for name in names},
+        "game": {name: game.settings[name] for name in ("num_steps", "task", "state", "action_map")},
+        "dates": {name: game.settings[name] for name in ("payoff", "days", "strikes", "act_before_t1")},
         "tables": None if tables is None else tables.cpu(),
         "layers": None if layers is None else [(weight.cpu(), bias.cpu()) for weight, bias in layers],
         "leverage": None if leverage is None else leverage.cpu(),
@@ -138,7 +138,7 @@ def _fill(nodes: Tensor) -> Tensor:
 def _contents(game: CalibrationGame, market: dict) -> list[tuple[Tensor, tuple[int, ...]]]:
     """The tensors of a market, each with the shape that it must have."""
     contents = [(market["projection"], (game.num_steps, NODES))]
-    if game.task == "bermudan":
+    if game.task == "exotic":
         contents.append((market["leverage"], (game.num_steps, NODES)))
     if game.is_local:
         contents.append((market["tables"], (game.num_steps, game.action_size, NODES)))
@@ -169,7 +169,7 @@ class Marlvol(Dynamics):
 
     def __init__(self, market: dict, dt: float = DT):
         try:
-            game = CalibrationGame(smiles.from_dict(market["surface"]), 1, **market["game"])
+            game = CalibrationGame(smiles.from_dict(market["surface"]), 1, **market["game"], **market["dates"])
             game.leverage = market["leverage"]
             self.tables = market["tables"]
             self.layers = market["layers"]

@@ -11,7 +11,7 @@ from matplotlib.image import AxesImage
 
 from envs.benchmark.calibration import CONSTANT, DUPIRE, Calibration, rmse
 from envs.benchmark.report import Benchmark
-from envs.calibration.bermudan import Dependence
+from envs.calibration.exotic import Dependence
 from envs.calibration.game import FIRST_JUDGED, STRIKES, CalibrationGame
 from envs.calibration.marlvol import Marlvol
 from envs.figures import style
@@ -117,8 +117,15 @@ def learnt_local_volatility(path: Path, market: Marlvol, title: str) -> None:
     style.save(figure, path)
 
 
-def bermudan_report(folder: Path, result: Benchmark, learnt: Dependence, beside: str | None) -> None:
-    """The figures of a Bermudan: what volatility depends on, and the price during training.
+def exotic_report(
+    folder: Path,
+    game: CalibrationGame,
+    result: Benchmark,
+    played: Mapping[str, Calibration],
+    learnt: Dependence,
+    beside: str | None,
+) -> None:
+    """The figures of an exotic: the vanillas, what volatility depends on, and the price during training.
 
     Args:
         folder: of the run; without a metrics.csv in it the price during training is not drawn.
@@ -129,22 +136,24 @@ def bermudan_report(folder: Path, result: Benchmark, learnt: Dependence, beside:
     if beside is not None:
         curves[Path(beside).name] = read_metrics(Path(beside) / "metrics.csv")
     if curves["this run"]:
-        bermudan_training(folder / "learning_curve.png", curves, result, title)
+        exotic_training(folder / "learning_curve.png", curves, result, title)
+    vanilla_smiles(folder / "vanillas.png", game, played, title)
     learnt_dependence(folder / "learnt_dependence.png", learnt, title)
 
 
-def bermudan_training(path: Path, curves: Mapping[str, list[dict]], result: Benchmark, title: str) -> None:
-    """Bermudan price (label → rows of a metrics.csv) beside local volatility's and the European floor."""
+def exotic_training(path: Path, curves: Mapping[str, list[dict]], result: Benchmark, title: str) -> None:
+    """The exotic's price (label → rows of a metrics.csv) beside local volatility's and the dearest European's."""
     figure, axes = style.new()
     for (label, curve), colour in zip(curves.items(), (AGENT, OTHER), strict=False):
         steps = [row["global_step"] / 1e6 for row in curve]
-        axes.plot(steps, [1e4 * row["charts/bermudan_price"] for row in curve], color=colour, marker=".", label=label)
+        axes.plot(steps, [1e4 * row["charts/exotic_price"] for row in curve], color=colour, marker=".", label=label)
     dupire = result.rows[DUPIRE]["price"]
-    floor = result.rows["agent"]["floor"]
+    floor = result.rows["agent"].get("floor")  # a European payoff has none
     axes.axhline(dupire, color=BASELINE, linestyle="--", label=f"{DUPIRE}: {dupire:.1f}")
-    axes.axhline(floor, color="black", linestyle=":", label=f"European floor: {floor:.1f}")
+    if floor is not None:
+        axes.axhline(floor, color="black", linestyle=":", label=f"dearest European: {floor:.1f}")
     axes.set(
-        title=f"{title}: Bermudan price during training",
+        title=f"{title}: price during training",
         xlabel="player steps (millions)",
         ylabel="price (bp of the spot)",
     )
@@ -152,26 +161,64 @@ def bermudan_training(path: Path, curves: Mapping[str, list[dict]], result: Benc
     style.save(figure, path)
 
 
+def vanilla_smiles(path: Path, game: CalibrationGame, played: Mapping[str, Calibration], title: str) -> None:
+    """The vanilla smiles of the first and the last day of the exotic, market and models: the paper's figure 2."""
+    figure, panels = style.new(1, 2, (12, 5))
+    maturities = game.days.tolist()
+    for axis, day in zip(panels, (game.payoff.days[0], game.payoff.days[-1]), strict=True):
+        day = max(day, maturities[0])
+        i = maturities.index(day)
+        strike = game.strike[i].cpu().numpy()
+        market = 100 * game.market_volatility[i].cpu().numpy()
+        axis.plot(strike, market, color="black", label="market")
+        for name, mark, colour in (("agent", "o", AGENT), (DUPIRE, "x", BASELINE)):
+            axis.plot(strike, market + played[name].errors[i].numpy(), mark, color=colour, label=name)
+        axis.set(title=f"day {day}", xlabel="strike / spot", ylabel="implied volatility (%)")
+        style.legend(axis)
+    figure.suptitle(f"{title}: the vanillas")
+    figure.tight_layout()
+    style.save(figure, path)
+
+
 def learnt_dependence(path: Path, learnt: Dependence, title: str) -> None:
-    """Mean of the learnt m and of the localised volatility against ln S_t1 and against ln S_t, after t1."""
-    figure, axes = style.new(2, 2, (12, 8))
+    """What volatility after t1 depends on, as the paper's figures 3 and 4.
+
+    The learnt m and the localised m/√E[m²|S] against ln S_t1 and against ln S_t, and the latter as a surface over both.
+    Plain local volatility, the control, is 1 everywhere.
+    """
+    figure, axes = style.new(2, 3, (17, 8))
     rows = {
-        "learnt multiplier m (before localisation)": learnt.log_multiplier.exp(),
-        "localised volatility (%)": 100.0 * learnt.volatility,
+        "learnt m": learnt.log_multiplier.exp(),
+        "localised m / √E[m² | S_t]": learnt.localised,
     }
     columns = {"ln S_t1": learnt.log_spot_t1, "ln S_t, t > t1": learnt.log_spot}
-    for row, (ylabel, values) in zip(axes, rows.items(), strict=True):
-        for axis, (xlabel, log_spot) in zip(row, columns.items(), strict=True):
-            axis.plot(*_binned(log_spot, values), color=AGENT, marker=".", label="mean over paths and days")
-            axis.set(xlabel=xlabel, ylabel=ylabel)
-        bend = "where the mean localised volatility bends"
-        row[0].axvline(0.0, color=BASELINE, linestyle="--", label="strike k1")
-        row[0].axvline(np.log(learnt.kink), color=OPTIMUM, linestyle=":", label=bend)
-    for axis in axes.flat:
-        style.legend(axis)
+    for row, (name, values) in zip(axes, rows.items(), strict=True):
+        for axis, (xlabel, log_spot) in zip(row, columns.items(), strict=False):
+            axis.plot(*_binned(log_spot, values), color=AGENT, marker=".", label="agent, mean over paths and days")
+            axis.axhline(1.0, color=BASELINE, linestyle="--", label=DUPIRE)
+            axis.set(xlabel=xlabel, ylabel=name)
+        row[0].axvline(0.0, color="black", linestyle=":", linewidth=1, label="S_t1 = S_0")
+        image = _surface(row[2], learnt.log_spot_t1, learnt.log_spot, values)
+        row[2].set(title=name, xlabel="ln S_t1", ylabel="ln S_t, t > t1")
+        figure.colorbar(image, ax=row[2])
+        for axis in row[:2]:
+            style.legend(axis)
+    axes[1, 0].axvline(np.log(learnt.kink), color=OPTIMUM, linestyle=":", label=f"bends at {learnt.kink:.3f}")
+    style.legend(axes[1, 0])
     figure.suptitle(f"{title}: what the learnt volatility depends on")
     figure.tight_layout()
     style.save(figure, path)
+
+
+def _surface(axis: Axes, x: Tensor, y: Tensor, values: Tensor):
+    """Means of the values in 40 × 40 cells of x and y, all of one shape, between their quantiles 1 % and 99 %."""
+    x, y, values = (array.flatten().cpu().numpy() for array in (x, y, values))
+    span = [np.quantile(array[:: max(1, len(array) // 200_000)], (0.01, 0.99)) for array in (x, y)]
+    total, *edges = np.histogram2d(x, y, 40, span, weights=values)
+    count = np.histogram2d(x, y, 40, span)[0]
+    mean = np.where(count >= 20, total / np.maximum(count, 1), np.nan)  # fewer are noise
+    axis.grid(False)
+    return axis.pcolormesh(*edges, mean.T, cmap="viridis")
 
 
 def _binned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,12 @@
 """The benchmark of phase 0: errors, intervals, and the verdict."""
 
+import math
+
 import pytest
 import torch
 
 from envs.benchmark import calibration
+from envs.calibration.exotic import Dependence
 from envs.calibration.game import CalibrationGame
 from envs.market import smiles
 
@@ -39,3 +42,45 @@ def test_judged_smile():
     assert "has 1,000,000 paths or more" in failed
     assert "beats constant volatility" not in failed
     assert "its RMSE − agent's" in result.table()
+
+
+def judged_exotic(monkeypatch, agent, objective="min", target=None, **settings):
+    """The verdict on invented prices: (price, upper) of the agent above a European of 107 bp; Dupire has 131."""
+    monkeypatch.setattr(calibration, "NUM_NODES", 41)
+    game = CalibrationGame(SP500, 100, task="exotic", **{"state": "path-dependent", **settings})
+    errors = torch.full((len(game.days), 11), 0.1, dtype=torch.float64)
+    vanillas = calibration.Calibration(errors, errors.expand(12, -1, -1))
+
+    def priced(price, upper, floor=107e-4):
+        without = torch.tensor([[price, floor]], dtype=torch.float64).repeat(12, 1)
+        return calibration.PricedExotic(price, upper, floor, without, vanillas)
+
+    played = {"agent": priced(*agent), calibration.DUPIRE: priced(131e-4, 131e-4)}
+    learnt = Dependence(*[torch.zeros(1)] * 4, (0.3, -0.3), 1.0)
+    result = calibration.judge_exotic("exotic", {"paths": 2**20}, game, played, learnt, objective, target)
+    return result, {criterion.name.split()[0]: criterion.passed for criterion in result.criteria}
+
+
+def test_judged_exotic(monkeypatch):
+    """Min: the share of the way is judged by the upper side of the price. Target: by the price. Local: by Dupire's."""
+    result, passed = judged_exotic(monkeypatch, (109e-4, 110e-4))
+    (share,) = result.shares.values()
+    assert share.mean == pytest.approx(1 - 2 / 24, abs=1e-3)
+    assert result.criteria[0].detail == "at least 87.5 %"
+    assert all(passed.values())
+    _, passed = judged_exotic(monkeypatch, (109e-4, 115e-4))
+    assert not passed["85"]
+    _, passed = judged_exotic(monkeypatch, (106e-4, 107e-4))
+    assert not passed["not"]  # below the European
+    result, _ = judged_exotic(monkeypatch, (160e-4, 161e-4), "max")
+    (share,) = result.shares.values()
+    assert 0.6 < share.mean < 0.9
+    for price, right in ((120.3e-4, True), (120.5e-4, False)):
+        result, passed = judged_exotic(monkeypatch, (price, price), "target", 120e-4)
+        assert passed["price"] == right
+        assert not result.shares
+    _, passed = judged_exotic(monkeypatch, (129e-4, 129e-4), state="local")
+    assert not passed["price"]
+    result, _ = judged_exotic(monkeypatch, (110e-4, math.nan), days=(21, 36, 51))  # no bound, no upper side
+    assert not result.shares
+    assert "at most" not in result.table()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from envs.calibration.game import EXERCISE_DAY, CalibrationGame, judged, play
+from envs.calibration.game import CalibrationGame, judged, play
 from envs.market import smiles
 
 SP500 = smiles.SURFACES["sp500-2018"]
@@ -46,8 +46,8 @@ def test_constant_volatility_has_its_own_smile():
         ("local-vol", "local", "direct", (0.3,)),
         ("local-vol", "local", "normal", (0.1, 1.0)),
         ("local-vol", "non-path-dependent", "stochastic", (0.5, 0.3, -0.4)),
-        ("bermudan", "path-dependent", "direct", (0.5,)),
-        ("bermudan", "path-dependent", "stochastic", (0.5, 0.3, -0.4)),
+        ("exotic", "path-dependent", "direct", (0.5,)),
+        ("exotic", "path-dependent", "stochastic", (0.5, 0.3, -0.4)),
     ],
 )
 def test_spots_are_martingales_and_actions_are_what_they_say(task, state, action_map, action):
@@ -143,18 +143,93 @@ def test_conditional_mean_and_lookup():
 
 def test_localisation_keeps_the_vanillas_whatever_the_players_do():
     """Even wild, path-dependent volatilities leave the smile where plain local volatility has it (Gyöngy)."""
-    game = CalibrationGame(SP500, 2**15, task="bermudan", state="path-dependent", reference="local-vol")
+    game = CalibrationGame(SP500, 2**15, task="exotic", state="path-dependent", reference="local-vol")
     wild = played(game, lambda g: (20 * (g.state.log_spot_t1 - 0.5 * g.state.log_spot)).clamp(-0.6, 0.6)[..., None], 5)
     errors = judged(wild.errors()[0] - wild.reference_errors)
     assert errors.square().mean().sqrt() < 0.06
     assert wild.log_volatilities[-1].std() > 0.3
-    unlocalised = torch.stack([x[0] for x in wild.log_volatilities[:EXERCISE_DAY]])  # plain before t1
+    unlocalised = torch.stack([x[0] for x in wild.log_volatilities[: wild.t1]])  # plain before t1
     dupire = game.like(reference="none")
     play(dupire, CalibrationGame.step_dupire, 5)
-    torch.testing.assert_close(unlocalised, torch.stack([x[0] for x in dupire.log_volatilities[:EXERCISE_DAY]]))
+    torch.testing.assert_close(unlocalised, torch.stack([x[0] for x in dupire.log_volatilities[: wild.t1]]))
 
 
 def test_too_many_days_for_the_smile():
     with pytest.raises(ValueError, match=r"num_steps is 45 \(at least 22, at most 44, the last maturity\)"):
         CalibrationGame(smiles.SURFACES["sp500-2018-slices"], 100, num_steps=45)
     assert CalibrationGame(smiles.SURFACES["sp500-2024"], 100, num_steps=40).days[-1] == 40
+
+
+def test_difference_rewards_of_the_exotic_count_the_leverage():
+    """Raising ln m is credited with what it truly does to the price when the leverage is estimated again.
+
+    Everywhere: nothing, as localisation takes it out. Where S_t1 > 1: something small. With the leverage left as it
+    was, which is what a path's own cashflow shows, both would be worth several basis points.
+    """
+    game = CalibrationGame(SP500, 2**15, task="exotic", state="path-dependent")
+
+    def paid(raised, size, seed, leverage=None):
+        """Cashflows where ln m is higher by `size` where `raised` says."""
+        game.leverage = leverage
+        where = {"everywhere": lambda x: torch.ones_like(x), "above 1": lambda x: (x > 0).float()}[raised]
+        played(
+            game,
+            lambda g: (
+                (4 * g.state.log_spot_t1 - 2 * g.state.log_spot).clamp(-0.5, 0.5) + size * where(g.state.log_spot_t1)
+            )[..., None],
+            seed,
+        )
+        return game.exotic_paid(), torch.stack(game.leverages) if leverage is None else leverage
+
+    size = 0.05
+    for raised in ("everywhere", "above 1"):
+        true, own, credited = [], [], []
+        for seed in range(2):
+            before, leverage = paid(raised, 0.0, seed)
+            effects = game.leverage_effects(before)
+            assert effects.sum(-1).abs().max() < 1e-3 * before.sum()  # at every spot they add up to nothing
+            shares = torch.stack(game.log_volatilities).exp() ** 2 / torch.stack(
+                [game._local(t, x) ** 2 for t, x in enumerate(game.log_spots[:-1])]
+            )  # m²/E[m²|S]
+            where = torch.ones_like(before) if raised == "everywhere" else (game.log_spots[game.t1] > 0).float()
+            # The effect is linear in m²/E[m²|S] − 1
+            slopes = torch.where((shares - 1).abs() > 1e-3, effects / (shares - 1), 0.0) * 2.0 * shares
+            change = (slopes[game.t1 :].sum(0) * size * where).mean()
+            up, down = (paid(raised, sign * size, seed, leverage)[0].mean() for sign in (1, -1))
+            own.append((up - down) / 2)
+            credited.append(own[-1] + change)
+            up, down = (paid(raised, sign * size, seed)[0].mean() for sign in (1, -1))
+            true.append((up - down) / 2)
+        true, own, credited = (1e4 * float(torch.stack(x).mean()) for x in (true, own, credited))
+        assert own > 1.5 + true
+        assert credited == pytest.approx(true, abs=0.8)
+
+
+def test_players_may_act_before_t1():
+    """Then the vanillas are kept as well, and the continuation value at t1 depends on the last multiplier."""
+    game = CalibrationGame(SP500, 2**14, task="exotic", state="path-dependent", act_before_t1=True)
+
+    def wild(game):
+        return (30 * game.state.log_spot - 0.4 * game.state.log_volatility + 0.3).clamp(-0.7, 0.7)[..., None]
+
+    play(game, CalibrationGame.step_dupire, 1)
+    plain = game.errors()[0]
+    play(game, lambda game: game.step(wild(game)), 1)
+    assert judged(game.errors()[0] - plain).square().mean().sqrt() < 0.15
+    assert game.remembered[game.t1 - 1].std() > 0.1
+    ((log_spot, last),) = game.regressors()
+    assert torch.equal(log_spot, game.log_spots[game.t1])
+    assert torch.equal(last, game.state.log_volatility_t1)
+    later = game.like(act_before_t1=False)
+    played(later, wild, 1)
+    assert later.remembered[later.t1 - 1].abs().max() == 0
+    assert [len(row) for row in later.regressors()] == [1]
+
+
+def test_time_is_a_root_and_features_are_of_order_one():
+    game = CalibrationGame(SP500, 4096, task="exotic", state="path-dependent")
+    play(game, CalibrationGame.step_dupire, 0)
+    seen = game.features(game.num_steps - 1, game.state)
+    assert seen.shape == (1, 4096, 5)
+    assert 1 < seen.abs().quantile(0.99) < 8
+    assert game.features(0, game.state)[..., 0].unique().item() == -2

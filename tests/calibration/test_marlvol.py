@@ -23,7 +23,7 @@ def policy_of(game, slope=0.0, own=None):
     for parameter in policy.parameters():
         nn.init.zeros_(parameter)
     with torch.no_grad():
-        policy[0].weight[0, 1] = 0.1
+        policy[0].weight[0, 1] = 0.05  # of 2z
         policy[2].weight[0, 0] = -10.0 * slope
         if own is not None:
             policy[2].bias[1:] = torch.tensor(own)
@@ -39,7 +39,7 @@ MARKETS = {
     "local": {},
     "normal": {"action_map": "normal", "own": (0.5,)},
     "stochastic": {"action_map": "stochastic", "state": "non-path-dependent", "own": (0.0, 0.0)},
-    "bermudan": {"task": "bermudan", "state": "path-dependent"},
+    "exotic": {"task": "exotic", "state": "path-dependent"},
 }
 
 
@@ -122,7 +122,7 @@ def test_marks_are_on_the_smile_and_martingales(per_day, monkeypatch):
 
 
 def test_unusable_markets():
-    content, path_dependent = market(), market(**MARKETS["bermudan"])
+    content, path_dependent = market(), market(**MARKETS["exotic"])
     for change in ({"layers": []}, {"layers": None}, {"leverage": None}):
         with pytest.raises(ValueError, match="market is of another kind"):
             marlvol.Marlvol({**path_dependent, **change})
@@ -155,7 +155,7 @@ def test_tables_say_what_the_network_says():
 
 
 def test_a_network_that_cannot_be_saved_is_refused():
-    game = CalibrationGame(SP500, 100, task="bermudan", state="path-dependent")
+    game = CalibrationGame(SP500, 100, task="exotic", state="path-dependent")
     policy = nn.Sequential(nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 1))
     with pytest.raises(ValueError, match="cannot be saved as a market"):
         marlvol.export_market(game, policy)

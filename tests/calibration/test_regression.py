@@ -20,3 +20,13 @@ def test_regressions():
     basis = regression.hats(x[0], knots)
     torch.testing.assert_close(basis.sum(-1), torch.ones(5000, dtype=torch.float64))
     torch.testing.assert_close(basis @ knots, x[0].double().clamp(knots[0], knots[-1]))
+
+
+def test_regressions_on_two_regressors():
+    x, y = torch.randn(2, 2, 4000, generator=generator())
+    values = x.clamp(min=0) * (1 + y)
+    for regress in (regression.knot_regression(x, y), regression.polynomial_regression(x, y)):
+        fitted = regress(values + torch.randn(x.shape, generator=generator(1)))
+        assert (fitted - values).square().mean().sqrt() < 0.3
+    constant = regression.knot_regression(x, torch.zeros_like(x))  # as ln m is where nobody has acted
+    torch.testing.assert_close(constant(x), x, atol=0.05, rtol=0.05)
