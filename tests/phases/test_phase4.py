@@ -167,7 +167,7 @@ def test_more_makers_and_other_opponents(tmp_path, changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"opponent": "pool", "pool_size": 3, "pool_sampling": "prioritised"}, {"opponent": "lag", "lag": 3}],
+    [{"opponent": "league", "pool_size": 3, "pool_sampling": "prioritised"}, {"opponent": "lag", "lag": 3}],
 )
 def test_resume_restores_opponents_bitwise(tmp_path, monkeypatch, changes):
     saves = []
@@ -256,7 +256,9 @@ def test_the_classical_maker_as_opponent_is_phase3s_rival():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_opponents_have_the_rows_that_were_asked_for(share):
-    args, classics, agent = make(num_envs=200, num_makers=3, episodes=2, classical_share=share, past_share=0.4)
+    args, classics, agent = make(
+        num_envs=200, num_makers=3, episodes=2, opponent="league", classical_share=share, past_share=0.4
+    )
     known = [classics.policies[name] for name in CLASSICS]
     market = classics.env.env.like(args.rows)
     opponents = phase4.Opponents(args, agent, [], known, market)
