@@ -358,12 +358,15 @@ class Opponents(nn.Module):
         groups = market.num_envs // args.copies  # of rows
         ends = [args.copies * round(share * groups * (i + 1) / len(classics)) for i in range(len(classics))]
         rows = [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
-        self.classics = [(in_market(classic, market, own), own) for classic, own in zip(classics, rows, strict=True)]
         self.first = ends[-1]  # row of the past self
         self.end = min(market.num_envs, self.first + args.copies * round((1.0 - share) * past * groups))  # of its rows
         self.seats = market.num_makers - 1  # of opponents, in each row
         self.newest = copy.deepcopy(agent).requires_grad_(False)
         self.past = copy.deepcopy(agent).requires_grad_(False)
+        playing = [(in_market(classic, market, own), own) for classic, own in zip(classics, rows, strict=True)]
+        playing.append((self.past.policy, slice(self.first, self.end)))
+        playing.append((self.newest.policy, slice(self.end, market.num_envs)))
+        self.playing = [(policy, own) for policy, own in playing if own.start < own.stop]
         self.guests = len(guests)
         self.stored = 0  # snapshots in the pool
         self.spacing = 1  # updates from one of them to the next
@@ -387,9 +390,10 @@ class Opponents(nn.Module):
         slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
         from_vector(self.newest, self.latest[slot])
         self.latest[slot] = to_vector(agent)
-        if (iteration - 1) % self.spacing == 0:
-            self._add(agent, iteration - 1)
-        self._choose(generator)
+        if self.first < self.end:
+            if (iteration - 1) % self.spacing == 0:
+                self._add(agent, iteration - 1)
+            self._choose(generator)
 
     def _add(self, agent: Agent, updates: int) -> None:
         """Adds the agent to the pool, which is thinned out when it is full."""
@@ -420,14 +424,8 @@ class Opponents(nn.Module):
 
     def policy(self, observation: Tensor) -> Tensor:
         """Observation (rows · seats, size) → environment action, without exploration."""
-        selves = [(self.past.policy, slice(self.first, self.end)), (self.newest.policy, slice(self.end, None))]
-        played = []
-        for policy, rows in (*self.classics, *selves):
-            end = len(observation) if rows.stop is None else rows.stop * self.seats
-            seen = observation[rows.start * self.seats : end]
-            if len(seen) > 0:
-                played.append(policy(seen))
-        return torch.cat(played)
+        seats = self.seats
+        return torch.cat([play(observation[own.start * seats : own.stop * seats]) for play, own in self.playing])
 
     def score(self, lead: Tensor) -> None:
         """Learns by how much the opponents' objectives were above the agent's in an iteration, lead (rows,)."""
