@@ -291,7 +291,7 @@ def rollout(env: AgainstRivals, agent: Agent, act, args: Args, generator: torch.
         action, logprob, value = act(normalised, noise)
         observation, reward, _, _, info = env.step(agent.to_quote(observation, action))
         # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
-        # expected edge, no first-order ΔW, and its expected square. The optimum is the same and there is less noise.
+        # expected edge, no ΔW, and its expected square. The optimum is the same and there is less noise.
         steps.append((normalised, action, logprob, args.reward_scale * (reward - info["noise"]), value))
     observations, actions, logprobs, rewards, values = (torch.stack(column) for column in zip(*steps, strict=True))
     advantages = torch.empty_like(rewards)

@@ -484,7 +484,7 @@ def rollout(
         quotes[rows[:, None], others] = opponent(seen).unflatten(0, (n, num_makers - 1))
         observation, reward, _, _, info = market.step(quotes)
         # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
-        # expected edge, no first-order ΔW, and its expected square. The optimum is the same and there is less noise.
+        # expected edge, no ΔW, and its expected square. The optimum is the same and there is less noise.
         reward = reward - info["noise"]
         earned = reward[rows, seats]
         lead = lead + (reward.sum(1) - earned) / (num_makers - 1) - earned

@@ -119,9 +119,9 @@ class QuotingEnv(MarketEnv):
     `info` holds, per step, environment and maker: `wealth_change` ΔW, `income`, `cost`, `turnover` (shares, absolute),
     `net_delta` (shares, after hedging), `gross_delta` (Σ |position · delta|), `net_vega`, `half_spread` (mean over the
     options), `sold` and `bought` (options), `fills` (both), `trades` (of all makers together) and `noise`. The noise is
-    a part of the reward whose conditional mean is zero (to first order in dt) whatever the maker does: what income, ΔW
-    and ½ΔW² are above their expectations, to first order in spot and variance. The reward without it has the same
-    optimum and far less variance.
+    a part of the reward whose conditional mean is zero whatever the maker does: what income is above its expectation;
+    ΔW, a martingale difference as options are worth their fair values; and what ½ΔW² is above its expectation, to first
+    order in spot and variance. The reward without it has the same optimum and far less variance.
 
     There is no autoreset (`AutoresetMode.DISABLED`). On a CPU each step checks its actions. On a GPU a check would wait
     for the device; NaN shows up in the rewards there.
@@ -419,7 +419,6 @@ class QuotingEnv(MarketEnv):
         greeks = black_scholes.greeks(self.spot[..., None], self.strike, time_to_expiry, volatility, self.is_call)
         self.reference = greeks.price
         self.delta = greeks.delta
-        self.gamma = torch.where(time_to_expiry > 0, greeks.gamma, 0.0)  # ∞ at expiry at the money
         self.vega = VOL_POINT * greeks.vega  # per vol point
         premium, fair_delta, fair_slope = self.premium_at(self.times[:, None], spot, self.variance).unbind(-1)
         self.mark = self.reference + premium
@@ -579,7 +578,7 @@ class QuotingEnv(MarketEnv):
         net_delta, turnover, cost = self._hedge(option_delta.sum(-1), action["target"], action["band"])
         move = (self.spot[t + 1] - self.spot[t])[:, None]
         wealth_change = self.holding * move + (self.position * (self.mark[t + 1] - self.mark[t])[:, None]).sum(-1)
-        noise = income - expected_income + self._surprise(move)
+        noise = income - expected_income + wealth_change - self._penalty_surprise(move)
         self.t = t + 1
         done = self.t == self.num_steps
         if done:
@@ -642,11 +641,10 @@ class QuotingEnv(MarketEnv):
         self.holding = torch.zeros_like(self.holding)
         return shares, cost
 
-    def _surprise(self, move: Tensor) -> Tensor:
-        """The part of ΔW − ½ · risk_aversion · ΔW² that a step's spot and variance explain, less its expectation.
+    def _penalty_surprise(self, move: Tensor) -> Tensor:
+        """The part of ½ · risk_aversion · ΔW² that a step's spot and variance explain, less its expectation.
 
-        To first order ΔW is L = ∂W/∂S · ΔS + ∂W/∂v · (v' − E v'), whose mean and mean square are known. To second order
-        in the spot, ½Γ(ΔS² − E ΔS²) is added.
+        To first order ΔW is L = ∂W/∂S · ΔS + ∂W/∂v · (v' − E v'), whose mean square is known.
         """
         t = self.t
         delta = self.holding + (self.position * self.fair_delta[t][:, None]).sum(-1)  # ∂W/∂S
@@ -655,9 +653,7 @@ class QuotingEnv(MarketEnv):
         linear = delta * move + slope * self.variance_surprise[t][:, None]
         expected = delta**2 * square + slope**2 * self.next_variance_variance[t][:, None]
         expected = expected + 2.0 * delta * slope * self.spot[t][:, None] * self.covariance[t][:, None]
-        gamma = (self.position * self.gamma[t][:, None]).sum(-1)
-        penalty = 0.5 * self.risk_aversion * (linear**2 - expected)
-        return linear + 0.5 * gamma * (move**2 - square) - penalty
+        return 0.5 * self.risk_aversion * (linear**2 - expected)
 
     def _check(self, actions: Tensor) -> None:
         wanted = (self.num_envs, self.num_makers, self.action_size)
