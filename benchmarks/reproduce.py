@@ -15,11 +15,9 @@ run reproduced.json records commit, date, versions and machine, which are printe
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import time
@@ -31,7 +29,6 @@ from string import Formatter
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import tyro
 from as_user import ROOT, run_phase  # puts the root of the project on the path, too
 
@@ -49,6 +46,7 @@ from envs.benchmark.makers import AVELLANEDA_STOIKOV as AS
 from envs.run.args import check_range, parse_args
 from envs.run.errors import DivergenceError, UsageError, check
 from envs.run.files import replacing, write_json
+from envs.run.provenance import provenance
 from envs.run.run import run_main
 
 # EXPERIMENTS: the commands of the documentation
@@ -733,7 +731,7 @@ class Folders:
             if not (folder / "benchmark.json").is_file():
                 raise DivergenceError(f"{task.label}: ended without a benchmark")
         minutes = (time.monotonic() - start) / 60 if begun is None else None
-        write_json(folder / "reproduced.json", provenance(task, own, minutes))
+        write_json(folder / "reproduced.json", record(task, own, minutes))
 
 
 def run_benchmark(task: Task, flags: Sequence[str]) -> Path:
@@ -752,35 +750,10 @@ def with_seeds(experiment: Experiment, seeds: Sequence[int]) -> str:
     return experiment.flags.replace("{seeds}", own).replace("{seed}", str(seeds[0]))
 
 
-def provenance(task: Task, own_digest: str, minutes: float | None) -> dict:
+def record(task: Task, own_digest: str, minutes: float | None) -> dict:
     """Content of reproduced.json: what was run, when and where; `minutes` if it was run in one piece."""
-    head = git("rev-parse", "--short", "HEAD")
-    changes = git("status", "--porcelain", "--", "envs", "requirements.txt", task.experiment.script)
-    return {
-        "experiment": task.experiment.name,
-        "seed": task.seed,
-        "digest": own_digest,
-        "minutes": minutes,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": f"{head} with changes" if head and changes else head or "unknown",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
-        "machine": machine(),
-    }
-
-
-def git(*arguments: str) -> str:
-    """The output of a git command; empty without git or a repository."""
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-
-
-def machine() -> str:
-    """Name of the processor, number of its cores, and the GPU if there is one."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.is_file() else []
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores{gpu}"
+    what = {"experiment": task.experiment.name, "seed": task.seed, "digest": own_digest, "minutes": minutes}
+    return {**what, **provenance("envs", "requirements.txt", task.experiment.script)}
 
 
 def tasks_of(names: Sequence[str], seeds: Sequence[int]) -> list[Task]:

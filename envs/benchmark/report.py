@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from arch.bootstrap import CircularBlockBootstrap
 
-from envs.run.files import write_json
+from envs.run import page
+from envs.run.errors import UsageError, check
+from envs.run.files import read_json, write_json
 
 Episodes = dict[str, np.ndarray]  # name of a measure → (episodes,) float64
 Z95 = 1.959964
@@ -143,10 +145,12 @@ class Table(NamedTuple):
     header: list[str]
     body: list[list]
 
+    def cells(self) -> list[list[str]]:
+        """The rows as text."""
+        return [[x if isinstance(x, str) else f"{x:.3f}" for x in row] for row in self.body]
+
     def __str__(self) -> str:
-        return markdown_table(
-            self.header, [[x if isinstance(x, str) else f"{x:.3f}" for x in row] for row in self.body]
-        )
+        return markdown_table(self.header, self.cells())
 
 
 def _in_words(setting) -> str:
@@ -206,8 +210,8 @@ class Benchmark:
         advantage = self.advantages[contestant]
         self.require(f"beats {contestant}", advantage.low > 0, f"{advantage}, lower bound > 0")
 
-    def table(self) -> str:
-        """The contestants as a Markdown table that also reads well in a terminal."""
+    def contestants(self) -> Table:
+        """The contestants, a row each, as text."""
         compared = [self.advantage_title] if self.advantages else []
         body = []
         for name, row in self.rows.items():
@@ -216,7 +220,11 @@ class Benchmark:
                 cells["objective"] = f"{row['objective']:.4f} ± {row['objective_se']:.4f}"
             advantage = [str(self.advantages.get(name, ""))] if compared else []
             body.append([name, *advantage, *cells.values()])
-        return markdown_table(["contestant", *compared, *self.columns.values()], body)
+        return Table(["contestant", *compared, *self.columns.values()], body)
+
+    def table(self) -> str:
+        """The contestants as a Markdown table that also reads well in a terminal."""
+        return str(self.contestants())
 
     def verdict(self) -> str:
         """One line per share and criterion, then BENCHMARK PASSED or BENCHMARK FAILED with what failed."""
@@ -235,10 +243,25 @@ class Benchmark:
         tables = [self.table(), *(f"{name}:\n\n{table}" for name, table in self.tables.items())]
         return "\n\n".join([self.title, *tables, "\n".join([*self.remarks, self.verdict()])])
 
+    def html(self) -> str:
+        """The same as part of a page: the verdict first, the settings folded."""
+        *lines, last = self.verdict().splitlines()
+        contestants = self.contestants()
+        tables = [f"<h3>{page.text(name)}</h3>\n{page.table(t.header, t.cells())}" for name, t in self.tables.items()]
+        return "\n".join([
+            f"<h2>{page.text(self.title)}</h2>",
+            page.verdict(last, None if self.withdrawn else self.passed),
+            "<ul>", *(f"<li>{page.text(line)}</li>" for line in [*lines, *self.remarks]), "</ul>",
+            page.table(contestants.header, contestants.cells()),
+            *tables,
+            page.folded("What was evaluated", page.facts({n: _in_words(v) for n, v in self.settings.items()})),
+            *(other.html() for other in self.others.values()),
+        ])  # fmt: skip
+
     def write(self, folder: Path, stem: str = "benchmark") -> None:
         """Writes `stem`.json (everything, in full precision), `stem`.md (what people read) and the rest."""
         content = asdict(self)
-        for name in ("others", "files", "withdrawn"):
+        for name in ("others", "files"):
             del content[name]
         passed = None if self.withdrawn else self.passed
         write_json(folder / f"{stem}.json", {"passed": passed, **content})
@@ -252,6 +275,34 @@ class Benchmark:
         for name, other in self.others.items():
             other.withdrawn = self.withdrawn
             other.write(folder, name)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Benchmark":
+        """What `write` has written into a run folder, without `files`.
+
+        Raises:
+            UsageError: a damaged file, or none.
+        """
+        result = cls._read(folder / "benchmark.json")
+        for path in sorted(folder.glob("benchmark_*.json")):
+            result.others[path.stem] = cls._read(path)
+        return result
+
+    @classmethod
+    def _read(cls, path: Path) -> "Benchmark":
+        check(not path.is_symlink(), f"{path}: a link (a file of the run's own)")
+        try:
+            content = dict(read_json(path))
+            content.pop("passed")
+            for name in ("advantages", "shares"):
+                content[name] = {key: Estimate(**value) for key, value in content[name].items()}
+            content["criteria"] = [Criterion(**criterion) for criterion in content["criteria"]]
+            content["tables"] = {name: Table(*table) for name, table in content["tables"].items()}
+            result = cls(**content)
+            result.html()
+            return result
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # of another form, or not to be printed
+            raise UsageError(f"{path}: damaged, or of another version") from None
 
 
 def compare(

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from envs.run import page
 from envs.run.args import parse_args, parse_command
 from envs.run.errors import DivergenceError, RankLost, UsageError, check, one_line
 from envs.run.files import (
@@ -48,9 +49,9 @@ from envs.run.files import (
 )
 from envs.run.forms import fits, same_form, tensors_in
 from envs.run.graph import cuda_graph
+from envs.run.provenance import ROOT, provenance, read_origin
 from envs.run.ranks import gather, join_ranks, leave_ranks, rank, rank_seed, world_size
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
@@ -80,6 +81,7 @@ class Run:
         self.trained = trained
         self.tracker = None
         self.kept = {}
+        self.origin = []  # of the run's numbers, see `envs.run.provenance`
         self.metrics = None
         self.bar = None
         self.iteration = 0
@@ -131,7 +133,16 @@ class Run:
             write_json(self.folder / "args.json", asdict(args))
         elif rank() == 0:
             clear(self.folder)
+        self._record_origin()
         print(f"{self.folder}: {message}", flush=True)
+
+    def _record_origin(self) -> None:
+        """Adds this command's commit, versions and machine to the run's origin.json."""
+        self.origin = read_origin(self.folder)
+        own = provenance("envs", "requirements.txt", inspect.getfile(type(self.args)))
+        if own not in self.origin:
+            self.origin.append(own)
+            write_json(self.folder / "origin.json", self.origin)
 
     def saved(self, name: str):
         """An entry of the checkpoint that --resume continues, or None for a run from the start.
@@ -333,6 +344,8 @@ class Run:
         with replacing_files(self.folder) as folder:
             result.write(folder)
             draw(folder)
+            parts = [result.html(), *page.run_parts(folder, asdict(self.args), self.origin)]
+            (folder / "report.html").write_text(page.page(self.folder.name, *parts), encoding="utf-8")
         let_go(self.folder)
         try:
             if self.tracker:

@@ -75,7 +75,7 @@ def project(tmp_path, monkeypatch):
         return folder
 
     monkeypatch.setattr(reproduce, "run_phase", run_phase)
-    monkeypatch.setattr(reproduce, "git", lambda *arguments: "abc1234" if "rev-parse" in arguments else "")
+    monkeypatch.setattr("envs.run.provenance.git", lambda *arguments: "abc1234" if "rev-parse" in arguments else "")
     return ran
 
 

@@ -47,8 +47,19 @@ def test_smoke(main, light, tmp_path, phase, changes, capsys):
     verdict = "BENCHMARK PASSED" if passed else "BENCHMARK FAILED"
     assert verdict in capsys.readouterr().out
     folder = run_folder(tmp_path)
-    written = {"args.json", "metrics.csv", "checkpoint.pt", "benchmark.json", "benchmark.md"}
+    written = {
+        "args.json",
+        "origin.json",
+        "metrics.csv",
+        "checkpoint.pt",
+        "benchmark.json",
+        "benchmark.md",
+        "report.html",
+    }
     assert {path.name for path in folder.iterdir()} == written | phase.figures
+    page = (folder / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == sum(name.endswith(".png") for name in phase.figures)
+    assert verdict in page
     content = json.loads((folder / "benchmark.json").read_text())
     assert content["passed"] == passed
     assert "bars" in content["settings"] or phase.name == "phase3"  # whose bars are of the default market

@@ -422,10 +422,16 @@ def test_beginning_makes_a_folder(tmp_path, monkeypatch, capsys):
     again.begin("gbm", "")
     assert re.fullmatch(r"gbm__try__evaluate__7__\d{8}-\d{6}", again.folder.name)
     resumed = Run(Args(seed=7, exp_name="try", resume=str(run.folder)), "x", "cpu")
-    before = (run.folder / "args.json").read_bytes()
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    assert before.keys() == {"args.json", "origin.json"}
     resumed.begin("heston", "")
     assert resumed.folder == run.folder
-    assert (run.folder / "args.json").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+    monkeypatch.setattr(run_module, "provenance", lambda *paths: {"commit": "another"})
+    resumed.begin("heston", "")
+    first, second = json.loads((run.folder / "origin.json").read_text())
+    assert second == {"commit": "another"}  # which has a part in the run, too
+    assert first.keys() == {"date", "commit", "versions", "machine"}
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -439,6 +445,9 @@ def test_the_end(tmp_path, capsys, quick, good, passed):
     content = json.loads((tmp_path / "benchmark.json").read_text())
     assert content["settings"] == {"run seed": 1, "training steps": 240}
     assert content["passed"] == (None if quick else passed)
+    page = (tmp_path / "report.html").read_text()
+    assert ("BENCHMARK" in page) == (not quick)
+    assert "losses/loss" in page  # the learning curve
     out = capsys.readouterr().out
     assert f"report and figures: {tmp_path}" in out
     assert ("BENCHMARK" in out) == (not quick)
