@@ -7,7 +7,7 @@ run folder has a report.html of its own; this one is for comparing.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from envs.benchmark.report import Benchmark
+from envs.benchmark.report import Benchmark, Table
 from envs.run import page
 from envs.run.args import parse_args
 from envs.run.errors import check
@@ -60,7 +60,21 @@ def read_run(folder: Path) -> Found:
     return Found(folder, args, read_origin(folder), read_metrics(folder / "metrics.csv"), result)
 
 
-def overview(runs: Mapping[str, Found]) -> str:
+def read_runs(folders: Sequence[str]) -> dict[str, Found]:
+    """The runs in these folders by name; by path, where names are not enough to tell them apart.
+
+    Raises:
+        UsageError: none, too many, one twice, or one that cannot be read.
+    """
+    check(0 < len(folders) <= MOST, f"run folders are {len(folders)} (at least 1, at most {MOST})")
+    paths = [Path(folder).resolve() for folder in folders]
+    check(len(set(paths)) == len(paths), "a run folder is named twice")
+    names = [path.name for path in paths]
+    names = names if len(set(names)) == len(names) else [*map(str, paths)]
+    return {name: read_run(Path(folder)) for name, folder in zip(names, folders, strict=True)}
+
+
+def overview(runs: Mapping[str, Found]) -> Table:
     """A row for each run: verdict, objective, and the agent's advantage over every contestant that any run has."""
     results = {name: run.result for name, run in runs.items() if run.result is not None}
     others = dict.fromkeys(other for result in results.values() for other in result.advantages)
@@ -73,7 +87,7 @@ def overview(runs: Mapping[str, Found]) -> str:
             objective = f"{agent['objective']:.4f}" if "objective" in agent else ""
             advantages = run.result.advantages
         body.append([name, verdict, objective, *(str(advantages.get(other, "")) for other in others)])
-    return page.table(["run", "verdict", "objective", *(f"agent − {other}" for other in others)], body)
+    return Table(["run", "verdict", "objective", *(f"agent − {other}" for other in others)], body)
 
 
 def differing(runs: Mapping[str, Found]) -> str:
@@ -86,20 +100,14 @@ def differing(runs: Mapping[str, Found]) -> str:
 
 def main(argv) -> bool:
     args = parse_args(Args, argv)
-    check(0 < len(args.runs) <= MOST, f"run folders are {len(args.runs)} (at least 1, at most {MOST})")
-    folders = [Path(run) for run in args.runs]
-    paths = [folder.resolve() for folder in folders]
-    check(len(set(paths)) == len(paths), "a run folder is named twice")
-    names = [path.name for path in paths]
-    names = names if len(set(names)) == len(names) else [*map(str, paths)]
-    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    runs = read_runs(args.runs)
     each = []
     for name, run in runs.items():
         summary = [run.result.html()] if run.result is not None else []
         each.append(page.folded(name, *summary, *page.run_parts(run.folder, run.args, run.origin)))
-    parts = [overview(runs), differing(runs), "<h2>Learning curves</h2>"]
+    parts = [page.table(*overview(runs)), differing(runs), "<h2>Learning curves</h2>"]
     parts += [page.curves({name: run.curve for name, run in runs.items()}), "<h2>The runs</h2>", *each]
-    title = f"{len(runs)} runs" if len(runs) > 1 else names[0]
+    title = f"{len(runs)} runs" if len(runs) > 1 else next(iter(runs))
     folder = new_folder(Path("runs/report"))
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page.page(title, *parts), encoding="utf-8")
