@@ -39,28 +39,31 @@ def selfplay_report(folder: Path, contest: Contest, league: CrossPlay, competiti
     market_shares(folder / "market_shares.png", league, market.num_makers, title)
 
 
-def cross_play(path: Path, league: CrossPlay, title: str) -> None:
-    """Heat map of every policy's objective against every other, and the ratings."""
+def cross_play(path: Path, league: CrossPlay, title: str, reference: str = "agent") -> None:
+    """Heat map of every policy's objective against every other, and the ratings.
+
+    The colours are the lead over the policy `reference`; it and snapshots ("step …") have bars of the agent's colour.
+    """
     size = len(league.names)
     figure, (heat, bars) = style.new(1, 2, (7.5 + 0.75 * size, 2.4 + 0.5 * size), width_ratios=(2.2, 1))
-    _objective_panel(figure, heat, league)
-    _rating_panel(bars, league)
+    _objective_panel(figure, heat, league, reference)
+    _rating_panel(bars, league, reference)
     figure.suptitle(f"{title}: cross-play")
     figure.tight_layout()
     style.save(figure, path)
 
 
-def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay) -> None:
-    """Objectives, coloured by the lead over the agent against the same rivals.
+def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay, reference: str) -> None:
+    """Objectives, coloured by the lead over `reference` against the same rivals.
 
     The objectives themselves differ more between columns (how tough a rival is) than between rows (how good a policy
-    is). The colours are scaled to the snapshots, so that what changes in training can be seen.
+    is). The colours are scaled to the snapshots if there are any, so that what changes in training can be seen.
     """
     names = league.names
     means = league.means
-    lead = means - means[names.index("agent")]
+    lead = means - means[names.index(reference)]
     snapshots = [name.startswith("step ") for name in names]
-    most = float(np.abs(lead[snapshots]).max(initial=1e-6))
+    most = float(np.abs(lead[snapshots] if any(snapshots) else lead).max(initial=1e-6))
     image = axis.imshow(lead, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     for i in range(len(names)):
         for j in range(len(names)):
@@ -70,12 +73,12 @@ def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.grid(False)
     axis.set(xlabel="rivals", ylabel="policy", title="objective (currency) of the row against the column")
-    figure.colorbar(image, ax=axis, label="lead over the agent (currency)", extend="both", pad=0.02)
+    figure.colorbar(image, ax=axis, label=f"lead over {reference} (currency)", extend="both", pad=0.02)
 
 
-def _rating_panel(axis: Axes, league: CrossPlay) -> None:
+def _rating_panel(axis: Axes, league: CrossPlay, reference: str) -> None:
     rows = range(len(league.names))
-    learnt = [name == "agent" or name.startswith("step ") for name in league.names]
+    learnt = [name == reference or name.startswith("step ") for name in league.names]
     axis.barh(rows, league.ratings, color=[AGENT if own else BASELINE for own in learnt])
     axis.axvline(0.0, color="black", linewidth=0.8)
     axis.invert_yaxis()

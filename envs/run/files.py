@@ -139,8 +139,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
 COUNTS = ("iteration", "steps", "rows", "world_size")  # entries of a checkpoint
 
 
-def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) -> dict:
-    """Reads a checkpoint of `phase` onto the CPU; `path` is the file or its run folder. Never executes code from it.
+def load_checkpoint(path: str | Path, phase: str | Sequence[str], required: Sequence[str] = ()) -> dict:
+    """Reads a checkpoint of `phase` (or of one of several) onto the CPU; `path` is the file or its run folder. Never
+    executes code from it.
 
     Raises:
         UsageError: missing, truncated, not a checkpoint, from another phase, without one of the `required` entries,
@@ -161,7 +162,8 @@ def load_checkpoint(path: str | Path, phase: str, required: Sequence[str] = ()) 
         raise UsageError(f"{path}: not a readable checkpoint (truncated or of another kind)") from None
     is_ours = isinstance(content, dict) and isinstance(content.get("phase"), str)
     check(is_ours, f"{path}: not a checkpoint of this project")
-    check(content["phase"] == phase, f"{path}: a checkpoint of {content['phase']}, not of {phase}")
+    phases = [phase] if isinstance(phase, str) else phase
+    check(content["phase"] in phases, f"{path}: a checkpoint of {content['phase']}, not of {' or '.join(phases)}")
     _check_content(content, size, path)
     for name in COUNTS:
         count = content.get(name, 0)
