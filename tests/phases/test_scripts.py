@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 import wandb
 from common import PHASES, ROOT, Phase, phases, untuned
+from wandb.proto.wandb_internal_pb2 import Record
 
 from envs.run import files
 from envs.run.errors import UsageError
@@ -235,7 +237,35 @@ def test_track_offline(main, quick, tmp_path, phase, monkeypatch):
     few = {} if phase.name == "phase0" else {"eval_episodes": 64}
     main(*phase.flags(4, **few), "--track")
     wandb.teardown()  # or the next run in this process would write where this one did
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = list(wandb_records(file))
+    steps = [record.history.step.num for record in found if record.WhichOneof("record_type") == "history"]
+    logged = [row["global_step"] for row in files.read_metrics(run_folder(tmp_path) / "metrics.csv")]
+    assert steps[: len(logged)] == logged  # from step 0
+    assert logged[0] == 0
+    artifacts = [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+    names = {artifact.type: artifact.name for artifact in artifacts}
+    assert names["code"] == f"{phase.name}-code"
+    assert names["model"].startswith(f"{phase.name}-")
+    (code,) = [[entry.path for entry in a.manifest.contents] for a in artifacts if a.type == "code"]
+    assert {phase.script, "envs/run/run.py", "envs/benchmark/tuned_makers.json"} <= set(code)
+
+
+def wandb_records(file: Path):
+    """The records of an offline run of W&B: LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
+    data = file.read_bytes()
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        place += 7 + length
+        record += data[place - length : place]
+        if kind in (1, 4):  # whole, or its last part
+            yield Record.FromString(record)
+            record = b""
 
 
 def test_help_reads_like_documentation(phase, capsys):
