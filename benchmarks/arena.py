@@ -11,9 +11,10 @@ The market is that of the first run, or phase 4's default. Table, ratings and he
 """
 
 import importlib.util
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -60,12 +61,21 @@ class Args:
         check_range(self, 2, 2**20, "episodes")
 
 
-def name_of(entrant: str) -> str:
-    """A file of a maker by its name, a run by that of its folder."""
-    path = Path(entrant)
-    if path.suffix == ".py":
-        return path.stem
-    return (path if path.is_dir() else path.parent).resolve().name
+def names_of(entrants: Sequence[str]) -> list[str]:
+    """Files of makers by their names, runs by those of their folders, without the time where that is enough.
+
+    Raises:
+        UsageError: two of the same name.
+    """
+    names = []
+    for path in map(Path, entrants):
+        folder = path if path.is_dir() else path.parent
+        names.append(path.stem if path.suffix == ".py" else folder.resolve().name)
+    short = [re.sub(r"__\d{8}-\d{6}(-\d+)?$", "", name) for name in names]
+    names = short if len(set(short)) == len(short) else names
+    for name in names:
+        check(names.count(name) == 1 and name not in LEAGUE, f"two entrants are called {name!r}")
+    return names
 
 
 def market_args(checkpoints: dict[str, dict], flags: str) -> phase4.Args:
@@ -160,7 +170,7 @@ def write(folder: Path, league: CrossPlay, title: str) -> str:
     text = f"{title}\n\n{table}\n\n{league.summary()}\n"
     (folder / "arena.md").write_text(f"# {text}", encoding="utf-8")
     write_json(folder / "arena.json", league.content())
-    figures.cross_play(folder / "arena.png", league, title, reference=league.names[0])
+    figures.cross_play(folder / "arena.png", league, title, league.names[0], "the first entrant")
     parts = [page.table(table.header, table.cells()), f"<p>{page.text(league.summary())}</p>", page.figures(folder)]
     (folder / "report.html").write_text(page.page(title, *parts), encoding="utf-8")
     return text
@@ -170,9 +180,7 @@ def main(argv) -> bool:
     args = parse_args(Args, argv)
     args.check()
     torch.set_num_threads(1)
-    names = [name_of(entrant) for entrant in args.entrants]
-    for name in names:
-        check(names.count(name) == 1 and name not in LEAGUE, f"two entrants are called {name!r}")
+    names = names_of(args.entrants)
     runs = [entrant for entrant in args.entrants if Path(entrant).suffix != ".py"]
     checkpoints = {source: load_checkpoint(source, list(PHASES), ["args", "agent"]) for source in runs}
     of_market = market_args(checkpoints, args.flags)

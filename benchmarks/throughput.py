@@ -1,20 +1,33 @@
-"""Steps and updates per second of the whole loop of a phase (market, policy, update), and of Stable-Baselines3's.
+"""Steps and updates per second of the whole loop of a phase (market, policy, update), beside others in one run.
 
     python benchmarks/throughput.py                                   this machine's CPU
     python benchmarks/throughput.py --num-envs 64 1024 16384 --modes eager cudagraphs
     python benchmarks/throughput.py --peers                           Stable-Baselines3 beside it (CPU)
+    python benchmarks/throughput.py --against HEAD~3                  another commit beside it
+    python benchmarks/throughput.py --phases market --num-envs 64 1000 10000    quotes priced a second
+    taskset -c 1 python benchmarks/throughput.py …                    all of it on one core
 
-Each figure is the second half of a run, so that start-up, warm-up and graph capture stay out of it. The table is
-written to runs/throughput/ (or -2, -3 …).
+What is compared is measured in turns, --repeats times, so that what else the machine does meets all of it. The table
+has medians, in brackets the least and the greatest, and the ratio of each turn. A training loop's figure is the second
+half of a run, so that start-up, warm-up and graph capture stay out of it. The table goes to runs/throughput/ (or -2 …).
+
+With --against this very file measures the other commit, which is checked out into a temporary folder (`git worktree`).
+That commit must have the same interfaces: `train` of each phase, `Run`, the environments.
 """
 
+import contextlib
+import json
 import os
+import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,29 +40,39 @@ import phase1_delta_hedge_ppo as phase1
 import phase2_multi_order_sac as phase2
 import phase3_spread_vs_bs as phase3
 import phase4_selfplay as phase4
-from envs import AgainstRivals, HedgingEnv
+from envs import AgainstRivals, HedgingEnv, QuotingEnv
 from envs.benchmark.makers import Makers, classical_makers
 from envs.benchmark.report import Table
 from envs.market.units import TRADING_DAYS
 from envs.models import make_model
 from envs.run.args import check_range, parse_args
-from envs.run.errors import check
+from envs.run.errors import UsageError, check
 from envs.run.files import new_folder, read_metrics
 from envs.run.run import Run, run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+Phase = Literal["phase1", "phase2", "phase3", "phase4", "market"]
 
 
 @dataclass
 class Args:
     """Measures steps and updates per second of every phase."""
 
-    phases: tuple[Literal["phase1", "phase2", "phase3", "phase4"], ...] = ("phase1", "phase2", "phase3", "phase4")
-    """phases to measure"""
+    phases: tuple[Literal["phase1", "phase2", "phase3", "phase4", "market"], ...] = (
+        "phase1",
+        "phase2",
+        "phase3",
+        "phase4",
+    )
+    """phases to measure; market: quotes that `QuotingEnv` alone prices, beside the arithmetic of an mbt_gym step"""
     num_envs: tuple[int, ...] = (64, 1024)
     """numbers of environments to measure"""
     modes: tuple[Literal["eager", "cudagraphs", "compile"], ...] = ("eager",)
     """ways of running the loop"""
     iterations: int = 40
     """rollouts and updates of a run"""
+    repeats: int = 5
+    """turns in which everything is measured once"""
     dynamics: str = "gbm"
     """model of the underlying of phases 1 and 2; phases 3 and 4 have their default, heston"""
     torch_threads: int = 1
@@ -57,17 +80,22 @@ class Args:
     peers: bool = False
     """also measure Stable-Baselines3 on the same batched markets: PPO with the phase's rollout, minibatches and
     epochs; SAC with 64×64 networks and an update of 256 transitions at every step, and phase 2 with the same"""
+    against: str | None = None
+    """commit to measure beside the present code"""
 
     def check(self) -> None:
         """Raises UsageError for the first argument that cannot work, in any of the phases."""
         check_range(self, 1, 1024, "torch_threads")
         check_range(self, 2, 10**6, "iterations")
+        check_range(self, 1, 1000, "repeats")
         for flag, values in (("--phases", self.phases), ("--num-envs", self.num_envs), ("--modes", self.modes)):
             check(len(values) > 0, f"{flag} is empty (one or more)")
         for num_envs in self.num_envs:
+            check(1 <= num_envs <= 2**20, f"--num-envs is {num_envs} (at least 1, at most {2**20})")
             for mode in self.modes:
                 for name in self.phases:
-                    phase_arguments(MODULES[name], self, num_envs, mode).check()
+                    if name in MODULES:
+                        phase_arguments(MODULES[name], self, num_envs, mode).check()
 
 
 MODULES = {"phase1": phase1, "phase2": phase2, "phase3": phase3, "phase4": phase4}
@@ -207,50 +235,266 @@ def stable_baselines3_sac(env: HedgingEnv, steps: int = 600) -> tuple[float, flo
     return steps * env.num_envs / seconds, steps / seconds
 
 
+def market_speed(num_envs: int, steps: int = 1200) -> float:
+    """Quotes that `QuotingEnv` prices a second, drawing of markets included: an ask and a bid a maker and option."""
+    market = QuotingEnv(num_envs, device=DEVICE)
+    half_spread = torch.ones(num_envs, device=DEVICE)
+    actions = market.quote(half_spread, band=0.1)[:, None].expand(-1, market.num_makers, -1).contiguous()
+    quotes = market.num_makers * 2 * market.num_options
+    episodes = max(2, steps // market.num_steps // max(1, num_envs // 1000))
+    for episode in range(episodes + 1):
+        if episode == 1:
+            start = time.perf_counter()
+        market.reset(seed=episode)
+        for _ in range(market.num_steps):
+            market.step(actions)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return episodes * market.num_steps * num_envs * quotes / (time.perf_counter() - start)
+
+
+def mbt_gym_speed(num_envs: int, steps: int = 1200) -> float:
+    """Quotes a second of the arithmetic of an mbt_gym step (Jerome, Sabate-Vidales, Šiška & Savine 2023) in numpy.
+
+    One asset, a bid and an ask: Brownian mid-price, arrivals of probability λΔt, fills of probability e^{−κ·depth},
+    cash and inventory with their limits, P&L as the reward. Their environment's own Python comes on top of it.
+    """
+    rng = np.random.default_rng(0)
+    step_size, intensity, decay, sigma = 1.0 / 200, 140.0, 1.5, 2.0
+    state = np.zeros((num_envs, 4))  # cash, inventory, time, mid-price
+    state[:, 3] = 100.0
+    sign = np.append(-np.ones((num_envs, 1)), np.ones((num_envs, 1)), axis=1)  # of bids and asks
+    depths = np.full((num_envs, 2), 0.7)
+    for step in range(steps + 100):
+        if step == 100:
+            start = time.perf_counter()
+        before = state.copy()
+        arrivals = rng.uniform(size=(num_envs, 2)) < intensity * step_size
+        fills = rng.uniform(size=(num_envs, 2)) < np.exp(-decay * depths)
+        traded = arrivals * fills
+        state[:, 1] += np.sum(traded * -sign, axis=1)
+        state[:, 0] += np.sum(sign * traded * (state[:, 3:] + depths * sign), axis=1)
+        for column, limit in ((1, 10_000), (0, 10_000_000)):
+            clipped = np.clip(state[:, column], -limit, limit)
+            if (clipped != state[:, column]).any():
+                state[:, column] = clipped
+        state[:, 2] += step_size
+        state[:, 3] += sigma * step_size**0.5 * rng.normal(size=num_envs)
+        after = state.copy()
+        worth = after[:, 0] + after[:, 1] * after[:, 3]
+        worth - (before[:, 0] + before[:, 1] * before[:, 3])  # the reward
+        np.full((num_envs,), False)
+    return 2 * num_envs * steps / (time.perf_counter() - start)
+
+
+# WHAT IS MEASURED
+
+
+class Measure(NamedTuple):
+    """Something that is measured with a number of environments: `kind` is market, small, peer, mbt_gym or a mode."""
+
+    phase: str
+    kind: str
+
+    @property
+    def title(self) -> str:
+        number = self.phase[-1]
+        if self.phase == "market":
+            return "QuotingEnv, quotes" if self.kind == "market" else "mbt_gym's arithmetic, quotes"
+        if self.kind == "market":
+            return f"phase {number}'s market" + (" and rival alone" if number in "34" else " alone")
+        if self.kind == "peer":
+            agent = "SAC, 64×64, 256 a batch" if number == "2" else "PPO"
+            return f"Stable-Baselines3 {agent}, phase {number}'s market"
+        if self.kind == "small":
+            return "phase 2, 64×64, 256 a batch"
+        return f"phase {number}, {'SAC' if number == '2' else 'PPO'}, {self.kind}"
+
+    @property
+    def is_other(self) -> bool:
+        """Whether this project's training has no part in it, so that it is the same at another commit."""
+        return self.kind in ("peer", "mbt_gym")
+
+
+def measures(args: Args) -> list[Measure]:
+    """What the command measures with every number of environments."""
+    found = []
+    for phase in args.phases:
+        kinds = ["market", "mbt_gym"] if phase == "market" else ["market", *args.modes]
+        if args.peers:
+            kinds += {"phase1": ["peer"], "phase2": ["small", "peer"], "phase3": ["peer"]}.get(phase, [])
+        found += [Measure(phase, kind) for kind in kinds]
+    return found
+
+
+def speed(args: Args, measure: Measure, num_envs: int) -> tuple[float, float | None]:
+    """Steps (or quotes) a second, and updates a second where they are counted."""
+    phase, kind = measure
+    if phase == "market":
+        return (market_speed(num_envs) if kind == "market" else mbt_gym_speed(num_envs)), None
+    if phase == "phase2":
+        phase_args = phase2.Args()
+        if kind == "small":
+            small = {"batch_size": 256, "hidden_size": 64, "utd": 1 / num_envs}
+            return phase2_speed(args, num_envs, "eager", **small)
+        if kind not in ("market", "peer"):
+            return phase2_speed(args, num_envs, kind)
+        env = phase2.make_env(phase_args, make_model(phase_args), num_envs, DEVICE)
+        return stable_baselines3_sac(env) if kind == "peer" else (environment_speed(env), None)
+    if kind in ("market", "peer"):
+        env = HedgingEnv(num_envs, device=DEVICE) if phase == "phase1" else phase3_market(num_envs).env
+        return (environment_speed(env) if kind == "market" else stable_baselines3_ppo(MODULES[phase], env)), None
+    if phase == "phase1":
+        return phase1_speed(args, num_envs, kind), None
+    return quoting_speed(MODULES[phase], args, num_envs, kind), None
+
+
+# MEASURED IN TURNS, each commit in a process of its own
+
+
+WORKER = "as-worker"  # in the place of the flags
+
+
+def work() -> bool:
+    """Measures what is asked for, line by line: the flags first, then measures; answers in lines of JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed on the way must not look like an answer
+    args = Args(**json.loads(sys.stdin.readline()))
+    torch.set_num_threads(args.torch_threads)
+    for line in sys.stdin:
+        phase, kind, num_envs = json.loads(line)
+        answers.write(json.dumps(speed(args, Measure(phase, kind), num_envs)) + "\n")
+        answers.flush()
+    return True
+
+
+class Worker:
+    """A process that measures the code in `root`; its answers are those of `speed`."""
+
+    def __init__(self, root: Path, name: str, args: Args):
+        self.name = name
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, str(root / "benchmarks" / "throughput.py"), WORKER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
+        )  # fmt: skip
+        self._send(asdict(args))
+
+    def _send(self, message) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def __call__(self, measure: Measure, num_envs: int) -> tuple[float, float | None]:
+        self._send((*measure, num_envs))
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.process.wait()
+            self.errors.seek(0)
+            reason = ([line for line in self.errors.read().splitlines() if line.strip()] or ["it said nothing"])[-1]
+            raise UsageError(f"{self.name}, {measure.title}, {num_envs} environments: {reason.strip()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self.errors.close()
+
+
+@contextlib.contextmanager
+def checked_out(revision: str) -> Iterator[Path]:
+    """Another commit in a temporary folder, with this file in the place of its own.
+
+    Raises:
+        UsageError: no such commit, or no repository.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+
+    check(shutil.which("git") is not None, "--against needs git")
+    found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    check(found.returncode == 0, f"--against is {revision!r} (a commit of the repository in {ROOT})")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "project"
+        made = git("worktree", "add", "--detach", str(root), found.stdout.strip())
+        check(made.returncode == 0, f"--against {revision}: {(made.stderr.splitlines() or ['git failed'])[-1]}")
+        try:
+            (root / "benchmarks").mkdir(exist_ok=True)
+            shutil.copyfile(__file__, root / "benchmarks" / "throughput.py")
+            yield root
+        finally:
+            git("worktree", "remove", "--force", str(root))
+
+
+def in_turns(args: Args, workers: Sequence[Worker]) -> dict[tuple[int, Measure], list[list]]:
+    """The answers of every turn, one of each worker: (environments, measure) → turns → workers."""
+    found: dict[tuple[int, Measure], list[list]] = {}
+    for num_envs in args.num_envs:
+        for turn in range(args.repeats):
+            for measure in measures(args):
+                own = workers[:1] if measure.is_other else workers
+                answers = [worker(measure, num_envs) for worker in own]
+                found.setdefault((num_envs, measure), []).append(answers)
+                shown = ", ".join(f"{a_second:,.0f}" for a_second, _ in answers)
+                print(f"turn {turn + 1}: {num_envs:,} environments, {measure.title}: {shown}", flush=True)
+    return found
+
+
+def spread(values: Sequence[float], form: str = ",.0f") -> str:
+    """Median, and in brackets the least and the greatest if they are several."""
+    middle = f"{statistics.median(values):{form}}"
+    return middle if len(values) == 1 else f"{middle} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def comparison(args: Args, found: dict[tuple[int, Measure], list[list]]) -> Table:
+    """A row for each measure: speeds, those of the other commit, and the ratio of each turn."""
+    header = ["environments", "what", "a second", "updates a second"]
+    header += [f"a second, {args.against}", "ratio"] if args.against else []
+    body = []
+    for (num_envs, measure), turns in found.items():
+        updates = [turn[0][1] for turn in turns]
+        row = [f"{num_envs:,}", measure.title, spread([turn[0][0] for turn in turns])]
+        row.append("" if None in updates else spread(updates))
+        if args.against:
+            both = [(turn[0][0], turn[1][0]) for turn in turns if len(turn) == 2]
+            row += [spread([y for _, y in both]), spread([x / y for x, y in both], ".2f")] if both else ["", ""]
+        body.append(row)
+    return Table(header, body)
+
+
+def peer_ratios(found: dict[tuple[int, Measure], list[list]]) -> list[str]:
+    """A line for each of this project's loops that has a peer: how many times as fast, turn by turn."""
+    lines = []
+    for (num_envs, measure), turns in found.items():
+        ours = {"phase2": "small", "market": "market"}.get(measure.phase, "eager")
+        mine = found.get((num_envs, Measure(measure.phase, ours)))
+        if measure.is_other and mine:
+            ratios = [a[0][0] / b[0][0] for a, b in zip(mine, turns, strict=True)]
+            who = Measure(measure.phase, ours).title
+            lines.append(f"{num_envs:,} environments: {who}, over {measure.title}: {spread(ratios, '.2f')}")
+    return lines
+
+
 def main(argv) -> bool:
+    if list(argv) == [WORKER]:
+        return work()
     args = parse_args(Args, argv)
     args.check()
-    torch.set_num_threads(args.torch_threads)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    rows = []  # environments, what, steps/s, updates/s
-
-    def measured(num_envs: int, what: str, steps: float, updates: float | None = None) -> None:
-        rows.append([f"{num_envs:,}", what, f"{steps:,.0f}", "" if updates is None else f"{updates:,.0f}"])
-        print(*rows[-1], flush=True)
-
-    for num_envs in args.num_envs:
-        if "phase1" in args.phases:
-            measured(num_envs, "phase 1's market alone", environment_speed(HedgingEnv(num_envs, device=DEVICE)))
-            for mode in args.modes:
-                measured(num_envs, f"phase 1, PPO, {mode}", phase1_speed(args, num_envs, mode))
-            if args.peers:
-                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(phase1, HedgingEnv(num_envs)))
-        if "phase2" in args.phases:
-            phase_args = phase2.Args()
-            env = phase2.make_env(phase_args, make_model(phase_args), num_envs, DEVICE)
-            measured(num_envs, "phase 2's market alone", environment_speed(env))
-            for mode in args.modes:
-                measured(num_envs, f"phase 2, SAC, {mode}", *phase2_speed(args, num_envs, mode))
-            if args.peers:
-                small = {"batch_size": 256, "hidden_size": 64, "utd": 1 / num_envs}
-                measured(num_envs, "phase 2, 64×64, 256 a batch", *phase2_speed(args, num_envs, "eager", **small))
-                measured(num_envs, "Stable-Baselines3 SAC, the same", *stable_baselines3_sac(env))
-        for name in ("phase3", "phase4"):
-            if name not in args.phases:
-                continue
-            module = MODULES[name]
-            env = phase3_market(num_envs).env
-            number = name[-1]
-            measured(num_envs, f"phase {number}'s market and rival alone", environment_speed(env))
-            for mode in args.modes:
-                measured(num_envs, f"phase {number}, PPO, {mode}", quoting_speed(module, args, num_envs, mode))
-            if args.peers and name == "phase3":
-                measured(num_envs, "Stable-Baselines3 PPO", stable_baselines3_ppo(phase3, env))
-    table = str(Table(["environments", "what", "steps/s", "updates/s"], rows))
-    machine = f"{where}, torch {torch.__version__}, {args.torch_threads} thread(s)"
+    with contextlib.ExitStack() as stack:
+        roots = {"the present code": ROOT}
+        if args.against:
+            roots[args.against] = stack.enter_context(checked_out(args.against))
+        workers = [Worker(root, name, args) for name, root in roots.items()]
+        for worker in workers:
+            stack.callback(worker.close)
+        found = in_turns(args, workers)
+    text = "\n\n".join([str(comparison(args, found)), *peer_ratios(found)])
+    machine = f"{where}, torch {torch.__version__}, {args.torch_threads} thread(s), {args.repeats} turns"
     folder = new_folder(Path("runs/throughput"))
-    (folder / "throughput.md").write_text(f"{table}\n\n{machine}\n", encoding="utf-8")
-    print(f"\n{table}\n\n{machine}; report: {folder}")
+    (folder / "throughput.md").write_text(f"{text}\n\n{machine}\n", encoding="utf-8")
+    print(f"\n{text}\n\n{machine}; report: {folder}")
     return True
 
 

@@ -39,21 +39,22 @@ def selfplay_report(folder: Path, contest: Contest, league: CrossPlay, competiti
     market_shares(folder / "market_shares.png", league, market.num_makers, title)
 
 
-def cross_play(path: Path, league: CrossPlay, title: str, reference: str = "agent") -> None:
+def cross_play(path: Path, league: CrossPlay, title: str, reference: str = "agent", called: str = "the agent") -> None:
     """Heat map of every policy's objective against every other, and the ratings.
 
-    The colours are the lead over the policy `reference`; it and snapshots ("step …") have bars of the agent's colour.
+    The colours are the lead over the policy `reference`, `called` so; it and snapshots ("step …") have bars of the
+    agent's colour.
     """
     size = len(league.names)
     figure, (heat, bars) = style.new(1, 2, (7.5 + 0.75 * size, 2.4 + 0.5 * size), width_ratios=(2.2, 1))
-    _objective_panel(figure, heat, league, reference)
+    _objective_panel(figure, heat, league, reference, called)
     _rating_panel(bars, league, reference)
     figure.suptitle(f"{title}: cross-play")
     figure.tight_layout()
     style.save(figure, path)
 
 
-def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay, reference: str) -> None:
+def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay, reference: str, called: str) -> None:
     """Objectives, coloured by the lead over `reference` against the same rivals.
 
     The objectives themselves differ more between columns (how tough a rival is) than between rows (how good a policy
@@ -73,7 +74,7 @@ def _objective_panel(figure: Figure, axis: Axes, league: CrossPlay, reference: s
     axis.set_yticks(range(len(names)), names)
     axis.grid(False)
     axis.set(xlabel="rivals", ylabel="policy", title="objective (currency) of the row against the column")
-    figure.colorbar(image, ax=axis, label=f"lead over {reference} (currency)", extend="both", pad=0.02)
+    figure.colorbar(image, ax=axis, label=f"lead over {called} (currency)", extend="both", pad=0.02)
 
 
 def _rating_panel(axis: Axes, league: CrossPlay, reference: str) -> None:

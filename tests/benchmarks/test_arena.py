@@ -90,6 +90,15 @@ def test_a_maker_of_two_parts_is_played_as_the_classics_are(place):
     assert market.by_name(policy(market.reset(seed=1)[0][:, 0]))["ask"].unique() == 1.0
 
 
+def test_names_without_the_time_where_that_is_enough():
+    one, two = "runs/heston__x__1__20261124-124529", "runs/heston__x__2__20261124-124529-2"
+    assert arena.names_of([f"{one}/checkpoint.pt", f"{two}/checkpoint.pt", "a/mine.py"]) == [
+        "heston__x__1", "heston__x__2", "mine",
+    ]  # fmt: skip
+    again = "runs/heston__x__1__20261125-124529/checkpoint.pt"
+    assert arena.names_of([f"{one}/checkpoint.pt", again])[0] == "heston__x__1__20261124-124529"
+
+
 POLICY = "def maker(market):\n    def policy(observation):\n        {}\n    return policy\n"
 
 
