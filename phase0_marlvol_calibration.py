@@ -36,7 +36,7 @@ from envs.figures.calibration import calibration_report, exotic_report
 from envs.market import smiles
 from envs.market.units import TRADING_DAYS
 from envs.models import SmileArgs, make_surface
-from envs.run.args import RunArgs, check_choice, check_range
+from envs.run.args import CapturedRunArgs, check_choice, check_range
 from envs.run.errors import UsageError, check
 from envs.run.files import check_memory, peak_memory, read_metrics
 from envs.run.ranks import average, average_gradients, check_equal_parameters, rank, world_size
@@ -59,7 +59,7 @@ PRESETS = {
 
 
 @dataclass
-class Args(SmileArgs, RunArgs):
+class Args(SmileArgs, CapturedRunArgs):
     """Phase 0: calibrate a diffusion to an option smile by multi-agent RL (MARLVol), then benchmark the fit.
 
     Thousands of trajectories are players who share one policy for their volatilities and one reward, the error of the
@@ -190,6 +190,7 @@ class Args(SmileArgs, RunArgs):
 
     def fill(self) -> None:
         """Fills in the flags whose defaults depend on another flag."""
+        super().fill()
         exotic = self.task == "exotic"
         state = self.state or ("path-dependent" if exotic else "local")
         defaults = {
@@ -522,25 +523,36 @@ def train(run: Run, game: CalibrationGame) -> Agent:
     agent = Agent(game, args).to(run.device)
     if args.save_model and not game.is_local:
         layers_of(agent.actor_mean, game.observation_size)  # or it could not be saved as a market in the end
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate, eps=1e-5)
+    # A tensor as learning rate, so that a captured update sees it change
+    optimizer = torch.optim.Adam(
+        [p for p in agent.parameters() if p.requires_grad], lr=torch.tensor(args.learning_rate, device=run.device),
+        eps=1e-5, fused=True, capturable=run.device.type == "cuda",
+    )  # fmt: skip
     generator = run.generator(args.seed + EXPLORATION_SEED)  # of paths, exploration and minibatches
     run.keep(agent=agent, optimizer=optimizer, generator=generator, surface=smiles.to_dict(game.surface))
     validation = Validation(game)
     if run.iteration == 0:  # the untrained policy, for the learning curve
         run.log(validation(agent.stepper(game)))
+
+    def iterate() -> Tensor:
+        return update(agent, optimizer, rollout(game, agent, args, generator), args, generator)
+
+    iterate = run.captured(iterate)
     steps = game.num_steps * args.num_runs * args.num_players * world_size()
     for iteration in run.iterations(args.num_iterations, steps):
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
-        batch = rollout(game, agent, args, generator)
-        losses = update(agent, optimizer, batch, args, generator)
+            optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / args.num_iterations))
+        losses = iterate()
         # The first updates move fast, so the average begins with a short memory
         weight = max(args.average, 10 / (iteration + 9))
         for mean, new in zip(agent.average_actor.parameters(), agent.actor_mean.parameters(), strict=True):
             mean.data.lerp_(new.data, weight)
         if run.due(iteration):
             row = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
-            row |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "losses/kl_coef": agent.kl_coef.item()}
+            row |= {
+                "charts/learning_rate": optimizer.param_groups[0]["lr"].item(),
+                "losses/kl_coef": agent.kl_coef.item(),
+            }
             run.check_finite(row, agent)
             row |= validation(agent.stepper(game))
             # At the end the checkpoint has a market, for the other phases' --marlvol-checkpoint

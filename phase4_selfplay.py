@@ -664,6 +664,7 @@ def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
             progress.update(args.steps_per_iteration)
             if iteration in evaluations:
                 gain = validation(average.policy)[validation.gain]
+                run.check_finite({"the best response's gain": gain}, response)  # NaN is never above the best
                 if gain > best_gain:
                     best = copy.deepcopy(average)
                     best_gain = gain

@@ -123,8 +123,8 @@ class QuotingEnv(MarketEnv):
     ΔW, a martingale difference as options are worth their fair values; and what ½ΔW² is above its expectation, to first
     order in spot and variance. The reward without it has the same optimum and far less variance.
 
-    There is no autoreset (`AutoresetMode.DISABLED`). On a CPU each step checks its actions. On a GPU a check would wait
-    for the device; NaN shows up in the rewards there.
+    There is no autoreset (`AutoresetMode.DISABLED`). Each step checks its actions; on a GPU their shape alone, because
+    what is in them would have to be waited for. NaN shows up in the rewards there.
 
     Raises:
         ValueError: an argument outside its range; `BadQuote`, which is one, an action that is NaN or whose quotes cross
@@ -564,9 +564,10 @@ class QuotingEnv(MarketEnv):
 
         Raises:
             RuntimeError: the episode is over; call `reset`.
-            BadQuote: on a CPU, an action that is not finite, or quotes that cross.
+            BadQuote: actions of another shape; on a CPU, one that is not finite, or quotes that cross.
         """
         self._check_running()
+        self._check_shape(actions)
         if self.device.type == "cpu":
             self._check(actions)
         action = self.by_name(actions)
@@ -655,11 +656,14 @@ class QuotingEnv(MarketEnv):
         expected = expected + 2.0 * delta * slope * self.spot[t][:, None] * self.covariance[t][:, None]
         return 0.5 * self.risk_aversion * (linear**2 - expected)
 
-    def _check(self, actions: Tensor) -> None:
+    def _check_shape(self, actions: Tensor) -> None:
         wanted = (self.num_envs, self.num_makers, self.action_size)
         if actions.shape != wanted:
             message = f"({wanted}: environments, makers, {self.action_size})"
             raise BadQuote(f"actions have the shape {tuple(actions.shape)} {message}")
+
+    def _check(self, actions: Tensor) -> None:
+        """Reads the actions, so on a GPU it would wait for the device."""
         low = actions.amin((0, 1))  # NaN wherever there is one
         if not torch.isfinite(low.sum() + actions.amax()):
             maker, number = divmod(int((~actions.isfinite()).any(0).flatten().nonzero()[0]), self.action_size)

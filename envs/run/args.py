@@ -25,7 +25,8 @@ class RunArgs:
     exp_name: str = "experiment"
     """name of the experiment, part of the run's name"""
     seed: int = 1
-    """seed of the run; the same seed gives the same numbers, bitwise, on the same machine"""
+    """seed of the run; the same seed gives the same numbers, bitwise, on the same machine (but for phase 0 on a GPU,
+    where the order of its sums, float scatter_add_, is not fixed)"""
     quick: bool = False
     """a run of about half a minute that shows everything at work; it ends without a verdict"""
     cuda: bool = True
@@ -67,7 +68,34 @@ class RunArgs:
 
 
 @dataclass
-class BatchedRunArgs(RunArgs):
+class CapturedRunArgs(RunArgs):
+    """Flags of a run whose iteration can be captured as a CUDA graph."""
+
+    cudagraphs: bool | None = None
+    """capture rollout and update as one CUDA graph, for the launches that dominate with few environments; by default on
+    a GPU, in one process, without --compile"""
+
+    def fill(self) -> None:
+        """Fills in the flags whose defaults depend on another flag; called before `check`."""
+        super().fill()
+        if self.cudagraphs is None:
+            self.cudagraphs = self._has_gpu and world_size() == 1 and not getattr(self, "compile", False)
+
+    @property
+    def _has_gpu(self) -> bool:
+        return self.cuda and torch.cuda.is_available()
+
+    def check(self) -> None:
+        """Raises UsageError for the first argument that cannot work."""
+        super().check()
+        if self.trains and self.cudagraphs:
+            check(self._has_gpu, "--cudagraphs needs a GPU and --cuda")
+            check(not getattr(self, "compile", False), "--cudagraphs and --compile exclude each other")
+            check(world_size() == 1, "--cudagraphs is for one process, not for torchrun")
+
+
+@dataclass
+class BatchedRunArgs(CapturedRunArgs):
     """Flags of a run whose iterations are whole episodes of environments side by side.
 
     A script's Args add `total_timesteps`, `num_envs` and `num_steps`.
@@ -75,8 +103,6 @@ class BatchedRunArgs(RunArgs):
 
     compile: bool = False
     """compile policy and loss with torch.compile (needs a C++ compiler; worth it on long runs)"""
-    cudagraphs: bool = False
-    """capture rollout and update as one CUDA graph (GPU only), for the launches that dominate with few environments"""
 
     @property
     def steps_per_iteration(self) -> int:
@@ -94,10 +120,6 @@ class BatchedRunArgs(RunArgs):
         if self.trains:
             check_range(self, 1, 2**20, "num_envs")
             check_range(self, self.steps_per_iteration, 10**12, "total_timesteps")
-            gpu = self.cuda and torch.cuda.is_available()
-            check(not self.cudagraphs or gpu, "--cudagraphs needs a GPU and --cuda")
-            check(not (self.cudagraphs and self.compile), "--cudagraphs and --compile exclude each other")
-            check(not self.cudagraphs or world_size() == 1, "--cudagraphs is for one process, not for torchrun")
 
 
 def check_range(args, low: float, high: float, *fields: str, open_low: bool = False) -> None:
@@ -184,7 +206,7 @@ def parse_command(args_class: type, argv: Sequence[str], phase: str):
         default.resume = default.evaluate = None
         for name in ("track", "cudagraphs", "compile", "quick"):
             if hasattr(default, name):
-                setattr(default, name, False)
+                setattr(default, name, getattr(args_class, name))
         return parse_args(args_class, argv, default=default), checkpoint, trained
     if args.resume is not None:
         hold(args.resume)

@@ -1,16 +1,25 @@
 """A whole iteration as one CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 
-def cuda_graph(function: Callable, module: torch.nn.Module, optimizer, generators) -> Callable:
+class CaptureError(RuntimeError):
+    """A function that cannot be captured. What it changes is as it was."""
+
+
+def cuda_graph(
+    function: Callable, module: torch.nn.Module, optimizer, generators: Sequence[torch.Generator]
+) -> Callable:
     """Captures `function()` (no host synchronisation, fixed shapes) as one CUDA graph; returns a callable that replays
     it and returns the same output tensor, overwritten.
 
     Warming up runs the function for real, so parameters, optimiser state and generators are put back afterwards: the
     captured run does what the eager one would have done.
+
+    Raises:
+        CaptureError: CUDA refuses, or a replay would draw the same random numbers again.
     """
     tensors = [*module.parameters(), *module.buffers()]
     contents = [tensor.detach().clone() for tensor in tensors]
@@ -28,18 +37,39 @@ def cuda_graph(function: Callable, module: torch.nn.Module, optimizer, generator
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 
+    def drawn_from() -> list[bool]:
+        pairs = zip(generators, states, strict=True)
+        return [not torch.equal(generator.get_state(), state) for generator, state in pairs]
+
+    def failed(reason: str) -> CaptureError:
+        for generator in generators:
+            if generator.device.type == "cuda":  # an own state, as the old one may wait for the end of the capture
+                generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+        put_back()
+        return CaptureError(reason)
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
+    expected = drawn_from()
     put_back()
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
-        graph.register_generator_state(generator)  # or every replay would draw the same numbers
-    with torch.cuda.graph(graph):
-        output = function()
+        if hasattr(graph, "register_generator_state"):  # which PyTorch may come to do by itself
+            graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph):
+            output = function()
+        put_back()
+        graph.replay()
+        drawn = drawn_from()
+    except Exception as error:  # of as many kinds as there are reasons
+        raise failed((str(error).strip() or type(error).__name__).splitlines()[0]) from None
+    if drawn != expected:  # each replay would draw what the one before has drawn
+        raise failed("its random numbers would be the same in every iteration")
     put_back()
 
     def replay():

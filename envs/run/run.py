@@ -48,7 +48,7 @@ from envs.run.files import (
     write_json,
 )
 from envs.run.forms import fits, same_form, tensors_in
-from envs.run.graph import cuda_graph
+from envs.run.graph import CaptureError, cuda_graph
 from envs.run.provenance import ROOT, provenance, read_origin
 from envs.run.ranks import gather, join_ranks, leave_ranks, rank, rank_seed, world_size
 
@@ -86,6 +86,7 @@ class Run:
         self.bar = None
         self.iteration = 0
         self.steps = 0
+        self._restart_clock()
         if checkpoint is not None:
             self.iteration = checkpoint["iteration"]
             self.steps = checkpoint.get("steps")
@@ -233,6 +234,9 @@ class Run:
     def captured(self, function: Callable, *things) -> Callable:
         """With --cudagraphs `function` as a CUDA graph, one for each of its arguments; else `function` itself.
 
+        If it cannot be captured, a line says so and it is called as it is. The speed that is logged does not count the
+        time of warming up and capturing.
+
         Args:
             things: the modules, optimizers and generators that it changes; by default all that are kept.
         """
@@ -245,7 +249,18 @@ class Run:
 
         @cache
         def graph(*arguments) -> Callable:
-            return cuda_graph(partial(function, *arguments), torch.nn.ModuleList(modules), optimizer, generators)
+            eager = partial(function, *arguments)
+            if not self.args.cudagraphs:  # another one could not be captured
+                return eager
+            start = time.perf_counter()
+            try:
+                return cuda_graph(eager, torch.nn.ModuleList(modules), optimizer, generators)
+            except CaptureError as error:
+                self.args.cudagraphs = False
+                tqdm.write(one_line(f"no CUDA graph, so the run goes on without: {error}"))
+                return eager
+            finally:
+                self.clock += time.perf_counter() - start
 
         return lambda *arguments: graph(*arguments)()
 

@@ -275,8 +275,9 @@ def test_a_book_of_another_size_than_the_agent_knows(capsys, tmp_path, monkeypat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cudagraphs_without_a_gpu(capsys, tmp_path, monkeypatch):
-    for phase in (phase1, phase2, phase3, phase4):
-        assert "--cudagraphs needs a GPU" in fails(capsys, tmp_path, monkeypatch, "--cudagraphs", phase=phase)
+    for phase in (phase0, phase1, phase2, phase3, phase4):
+        message = fails(capsys, tmp_path, monkeypatch, "--cudagraphs", True, phase=phase)
+        assert "--cudagraphs needs a GPU" in message
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,11 @@ from envs.calibration import marlvol
 from envs.calibration.game import CalibrationGame
 from envs.market import dynamics, smiles
 from envs.market.moves import StepMoves
+from envs.market.quoting import BadQuote
 from envs.market.units import TRADING_DAYS
 from envs.models import make_model
 from envs.optimum.makers import BestResponse, MultiAsset, VegaProgramming
+from envs.run.errors import DivergenceError
 from envs.run.run import Run
 
 META = torch.device("meta")
@@ -291,6 +293,8 @@ def graphs(monkeypatch):
 
 
 CAPTURED = {
+    "phase0": {"num_players": 200, "num_runs": 2, "num_basis": 10, "hidden_size": 8, "reference": "none"},
+    "phase0, exotic": {"num_players": 200, "num_runs": 2, "hidden_size": 8, "reference": "none", "task": "exotic"},
     "phase1": {"num_steps": 30, "num_minibatches": 2},
     "phase2": {
         "num_steps": 30, "learning_starts": 240, "buffer_size": 500, "batch_size": 32, "hidden_size": 16, "utd": 0.01,
@@ -301,15 +305,25 @@ CAPTURED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CAPTURED)
+LONG = "phase0, exotic"
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case == LONG)) for case in CAPTURED])
 def test_captured_iterations_give_the_same_numbers(case, tmp_path, graphs):
     """Nine iterations with an annealed rate, so that a rate that was replaced after the capture would be noticed."""
     module = PHASES[case.split(",")[0]].module
     weights = []
     for captured in (False, True):
-        args = module.Args(num_envs=8, num_evaluations=1, save_model=False, cudagraphs=captured, **CAPTURED[case])
-        args.total_timesteps = 9 * args.steps_per_iteration
+        settings = {"num_evaluations": 1, "save_model": False, "cudagraphs": captured, **CAPTURED[case]}
+        if module is phase0:
+            args = module.Args(num_iterations=9, **settings)
+            args.fill()
+        else:
+            args = module.Args(num_envs=8, **settings)
+            args.total_timesteps = 9 * args.steps_per_iteration
         market = (dynamics.GBM(),)
+        if module is phase0:
+            market = (phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU),)
         if module in (phase3, phase4):
             model = make_model(args, dt=0.5 / TRADING_DAYS)
             market = (classics_of(module.make_market(args, model, 8, CPU)), *([{}] if module is phase4 else []))
@@ -317,3 +331,63 @@ def test_captured_iterations_give_the_same_numbers(case, tmp_path, graphs):
         agent = agent[0] if module is phase4 else agent
         weights.append(torch.cat([p.detach().flatten() for p in agent.parameters()]))
     assert torch.equal(*weights)
+
+
+class Broken(Tape):
+    """CUDA graphs that cannot be: capture fails, or a later PyTorch no longer registers generators."""
+
+    fails = ""
+
+    def __enter__(self):
+        if self.fails == "capture":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+        return super().__enter__()
+
+    def replay(self):
+        states = [generator.get_state() for generator in self.generators]
+        super().replay()
+        for generator, state in zip(self.generators, states, strict=True):
+            if self.fails == "generators":  # it draws what the capture has drawn, again and again
+                generator.set_state(state)
+
+
+@pytest.mark.parametrize("fails", ["capture", "generators"])
+def test_a_run_that_cannot_be_captured_has_the_numbers_of_an_eager_one(fails, tmp_path, graphs, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+    monkeypatch.setattr(Broken, "fails", fails)
+    weights = []
+    for captured in (False, True):
+        args = phase1.Args(num_envs=8, num_evaluations=1, save_model=False, cudagraphs=captured, **CAPTURED["phase1"])
+        args.total_timesteps = 3 * args.steps_per_iteration
+        agent = phase1.train(Run(args, "phase1", CPU, folder=tmp_path), dynamics.GBM())
+        weights.append(torch.cat([p.detach().flatten() for p in agent.parameters()]))
+    assert torch.equal(*weights)
+    reason = {
+        "capture": "CUDA error: operation not permitted when stream is capturing",
+        "generators": "its random numbers would be the same in every iteration",
+    }[fails]
+    assert capsys.readouterr().out == f"no CUDA graph, so the run goes on without: {reason}\n"
+
+
+def test_the_shape_of_quotes_is_checked_without_reading_them():
+    market = on_meta(QuotingEnv(4, num_steps=2))
+    market.reset()
+    right = torch.zeros(4, 2, market.action_size, device=META)
+    for wrong in (right[:3], right[:, :1], right[..., :-1]):
+        with NoHost(), pytest.raises(BadQuote, match="actions have the shape"):
+            market.step(wrong)
+    with NoHost():
+        market.step(right)
+
+
+def test_a_best_response_that_is_nan_is_noticed(tmp_path, monkeypatch):
+    """On a GPU no quote is checked, so NaN would be one more gain that is not above the best."""
+    monkeypatch.setattr(QuotingEnv, "_check", lambda self, actions: None)
+    monkeypatch.setattr(phase4, "EPISODES", 16)
+    args = phase4.Args(num_envs=8, num_steps=2, num_minibatches=2, episodes=1, learning_rate=1e30, anneal_share=1.0)
+    args.total_timesteps = 4 * args.steps_per_iteration
+    market = phase4.make_market(args, dynamics.Heston(dt=0.5 / TRADING_DAYS), 8, CPU)
+    agent = phase4.Agent(market)
+    run = Run(args, "phase4", CPU, folder=tmp_path)
+    with pytest.raises(DivergenceError, match=r"best response|parameter"):
+        phase4.best_response(run, market, agent)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from envs.run import args as args_module
 from envs.run.args import (
     BatchedRunArgs,
     RunArgs,
@@ -110,6 +111,26 @@ def test_flags_that_cannot_work(changes, message):
     assert message in refused(Args(**changes))
 
 
+def test_graphs_are_captured_where_they_can_be(monkeypatch):
+    def resolved(gpu: bool, processes: int = 1, **changes) -> bool:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+        monkeypatch.setattr(args_module, "world_size", lambda: processes)
+        args = Args(**{"total_timesteps": 120, **changes})
+        args.fill()
+        args.check()
+        return args.cudagraphs
+
+    assert resolved(gpu=True) is True
+    assert resolved(gpu=False) is False
+    assert resolved(gpu=True, cuda=False) is False
+    assert resolved(gpu=True, compile=True) is False
+    assert resolved(gpu=True, processes=2, total_timesteps=240) is False
+    assert resolved(gpu=True, cudagraphs=False) is False
+    for changes in ({"cuda": False}, {"compile": True}, {"processes": 2, "total_timesteps": 240}):
+        with pytest.raises(UsageError, match="--cudagraphs"):
+            resolved(gpu=True, cudagraphs=True, **changes)
+
+
 def test_flags_of_training_do_not_matter_to_an_evaluation():
     Args().check()
     Args(exp_name="a-b_c.1").check()
@@ -194,7 +215,7 @@ def folder(tmp_path):
     """A run with 8 environments and a checkpoint: folder(**entries) writes it."""
 
     def write(**entries):
-        args = asdict(Args(num_envs=8, strikes=(90.0,), quick=True, track=True, compile=True))
+        args = asdict(Args(num_envs=8, strikes=(90.0,), quick=True, track=True, compile=True, cudagraphs=False))
         content = {"phase": "x", "args": args, "iteration": 2, "agent": {}, "rows": 1, "tracker": None, **entries}
         save_checkpoint(tmp_path / "checkpoint.pt", content)
         return tmp_path
@@ -211,8 +232,9 @@ def test_a_command_without_a_checkpoint():
 def test_an_evaluation_has_the_flags_of_the_training_and_its_own(folder):
     path = folder()
     args, checkpoint, trained = parse_command(Args, ["--evaluate", str(path), "--learning-rate", "0.5"], "x")
-    assert trained == Args(num_envs=8, strikes=(90.0,), quick=True, track=True, compile=True)
+    assert trained == Args(num_envs=8, strikes=(90.0,), quick=True, track=True, compile=True, cudagraphs=False)
     assert args == Args(num_envs=8, strikes=(90.0,), learning_rate=0.5, evaluate=str(path))  # not how it was trained
+    assert args.cudagraphs is None  # resolved anew, perhaps on another machine
     assert checkpoint["iteration"] == 2
     with pytest.raises(UsageError, match="a checkpoint of x, not of y"):
         parse_command(Args, ["--evaluate", str(path)], "y")
@@ -221,7 +243,7 @@ def test_an_evaluation_has_the_flags_of_the_training_and_its_own(folder):
 def test_a_resumed_run_is_the_same_run(folder):
     path = folder()
     args, checkpoint, trained = parse_command(Args, ["--resume", str(path), "--no-track"], "x")
-    assert args == Args(num_envs=8, strikes=(90.0,), quick=True, compile=True, resume=str(path))
+    assert args == Args(num_envs=8, strikes=(90.0,), quick=True, compile=True, cudagraphs=False, resume=str(path))
     assert checkpoint["rows"] == 1
     assert trained.num_envs == 8
     parse_command(Args, ["--resume", str(path), "--num-envs", "8"], "x")

@@ -20,6 +20,7 @@ from envs.run import run as run_module
 from envs.run.args import BatchedRunArgs, RunArgs
 from envs.run.errors import DivergenceError, RankLost, UsageError
 from envs.run.files import load_checkpoint, read_metrics
+from envs.run.graph import CaptureError
 from envs.run.run import Run, run_main
 
 
@@ -287,6 +288,45 @@ def test_with_cudagraphs_each_argument_has_a_graph_of_what_is_kept(tmp_path, mon
     other = torch.nn.Linear(1, 1)
     run.captured(lambda: None, other, learner.optimizer)()
     assert captures[2] == ([other], learner.optimizer, [])
+
+
+def test_what_cannot_be_captured_goes_on_without_a_graph(tmp_path, monkeypatch, capsys):
+    def capture(function, module, optimizer, generators):
+        raise CaptureError("operation not permitted")
+
+    monkeypatch.setattr(run_module, "cuda_graph", capture)
+    run = Run(Args(cudagraphs=True), "x", "cpu", folder=tmp_path)
+    run.keep(**Learner(run).things())
+    calls = []
+    iterate = run.captured(lambda *arguments: calls.append(arguments))
+    for turn in (1, 2, 1):
+        iterate(turn)
+    assert calls == [(1,), (2,), (1,)]
+    line = "no CUDA graph, so the run goes on without: operation not permitted\n"
+    assert capsys.readouterr().out == line  # once, not for each argument
+    assert run.args.cudagraphs is False  # as the checkpoint says then, so that --resume does the same
+
+
+def test_the_speed_that_is_logged_does_not_count_the_capture(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def capture(function, module, optimizer, generators):
+        now[0] += 100.0
+        return function
+
+    def iterate(turn):
+        now[0] += 1.0
+
+    monkeypatch.setattr(run_module, "cuda_graph", capture)
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    run = Run(Args(cudagraphs=True, num_evaluations=2), "x", "cpu", folder=tmp_path)
+    run.keep(**Learner(run).things())
+    iterate = run.captured(iterate)
+    for iteration in run.iterations(12, 20):
+        iterate(iteration % 4)  # turns that come first in the middle of a run
+        if run.due(iteration):
+            run.log({})
+    assert [row["charts/SPS"] for row in read_metrics(tmp_path / "metrics.csv")] == [20.0, 20.0]
 
 
 def test_streams_of_random_numbers():
