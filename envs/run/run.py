@@ -132,9 +132,9 @@ class Run:
             self.folder = new_folder(folder)
             hold(self.folder)
             write_json(self.folder / "args.json", asdict(args))
+            self._record_origin()
         elif rank() == 0:
             clear(self.folder)
-        self._record_origin()
         print(f"{self.folder}: {message}", flush=True)
 
     def _record_origin(self) -> None:
@@ -215,6 +215,8 @@ class Run:
             for name, thing in things.items():
                 self._restore(name, thing, self.checkpoint[name])
         self.metrics = MetricsFile(self.folder / "metrics.csv", resume_from=rows)
+        if self.args.resume:  # now that nothing is left to refuse
+            self._record_origin()
 
     def _restore(self, name: str, thing, state) -> None:
         if isinstance(thing, torch.Generator):

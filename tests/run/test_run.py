@@ -468,7 +468,7 @@ def test_beginning_makes_a_folder(tmp_path, monkeypatch, capsys):
     assert resumed.folder == run.folder
     assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
     monkeypatch.setattr(run_module, "provenance", lambda *paths: {"commit": "another"})
-    resumed.begin("heston", "")
+    resumed.keep()
     first, second = json.loads((run.folder / "origin.json").read_text())
     assert second == {"commit": "another"}  # which has a part in the run, too
     assert first.keys() == {"date", "commit", "versions", "machine"}
