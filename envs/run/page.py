@@ -35,10 +35,11 @@ ul { padding-left: 1.2rem; } ul.criteria { list-style: none; padding: 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; min-width: 100%; }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); max-width: 42vw;
-  overflow: hidden; text-overflow: ellipsis; }
-thead th, thead th:first-child { background: var(--panel); } tbody tr:last-child td { border-bottom: 0; }
+  white-space: normal; min-width: 8rem; }
+thead th, thead th:first-child { background: var(--panel); white-space: normal; vertical-align: bottom; }
+thead th { min-width: 6.5rem; } tbody tr:last-child td { border-bottom: 0; }
 table.facts td { text-align: left; white-space: normal; } table.facts td:first-child { white-space: nowrap; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
 figure { margin: 1rem 0; } figcaption { font-size: .85rem; color: var(--dim); }
 figure img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; display: block; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--dim); font: 11px system-ui, sans-serif; }

@@ -22,6 +22,7 @@ from envs.run.files import read_metrics
 
 PHASE = PHASES["phase0"]
 FILES = {"args.json", "metrics.csv", "checkpoint.pt", "benchmark.json", "benchmark.md", "learning_curve.png"}
+FILES |= {"origin.json", "report.html"}
 FIGURES = {"local-vol": {"smiles.png", "local_volatility.png"}, "exotic": {"learnt_dependence.png", "vanillas.png"}}
 
 
