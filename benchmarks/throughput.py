@@ -137,16 +137,16 @@ def phase2_speed(args: Args, num_envs: int, mode: str, **changes) -> tuple[float
     return speed, speed * round(phase_args.utd * episode) / episode
 
 
-def phase3_market(num_envs: int) -> Makers:
+def phase3_market(num_envs: int, device: torch.device) -> Makers:
     phase_args = phase3.Args()
     model = make_model(phase_args, dt=0.5 / TRADING_DAYS)
-    return classical_makers(phase3.make_market(phase_args, model, num_envs, DEVICE))
+    return classical_makers(phase3.make_market(phase_args, model, num_envs, device))
 
 
 def quoting_speed(module, args: Args, num_envs: int, mode: str) -> float:
     """Steps a second of phase 3 or 4: of the agent, not of all the makers."""
     guests = ({},) if module is phase4 else ()
-    return trained_speed(module, phase_arguments(module, args, num_envs, mode), phase3_market(64), *guests)
+    return trained_speed(module, phase_arguments(module, args, num_envs, mode), phase3_market(64, DEVICE), *guests)
 
 
 def environment_speed(env: HedgingEnv | AgainstRivals) -> float:
@@ -330,6 +330,7 @@ def measures(args: Args) -> list[Measure]:
 def speed(args: Args, measure: Measure, num_envs: int) -> tuple[float, float | None]:
     """Steps (or quotes) a second, and updates a second where they are counted."""
     phase, kind = measure
+    device = torch.device("cpu") if kind == "peer" else DEVICE  # Stable-Baselines3 takes arrays, and learns on the CPU
     if phase == "market":
         return (market_speed(num_envs) if kind == "market" else mbt_gym_speed(num_envs)), None
     if phase == "phase2":
@@ -339,10 +340,10 @@ def speed(args: Args, measure: Measure, num_envs: int) -> tuple[float, float | N
             return phase2_speed(args, num_envs, "eager", **small)
         if kind not in ("market", "peer"):
             return phase2_speed(args, num_envs, kind)
-        env = phase2.make_env(phase_args, make_model(phase_args), num_envs, DEVICE)
+        env = phase2.make_env(phase_args, make_model(phase_args), num_envs, device)
         return stable_baselines3_sac(env) if kind == "peer" else (environment_speed(env), None)
     if kind in ("market", "peer"):
-        env = HedgingEnv(num_envs, device=DEVICE) if phase == "phase1" else phase3_market(num_envs).env
+        env = HedgingEnv(num_envs, device=device) if phase == "phase1" else phase3_market(num_envs, device).env
         return (environment_speed(env) if kind == "market" else stable_baselines3_ppo(MODULES[phase], env)), None
     if phase == "phase1":
         return phase1_speed(args, num_envs, kind), None

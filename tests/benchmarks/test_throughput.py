@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from envs.run.errors import UsageError
 
@@ -62,6 +63,16 @@ def test_quotes_beside_mbt_gym():
     found = throughput.in_turns(args, [Fake(10.0)])
     (line,) = throughput.peer_ratios(found)
     assert line == "2 environments: QuotingEnv, quotes, over mbt_gym's arithmetic, quotes: 1.00"
+
+
+def test_peers_learn_on_the_cpu_where_there_is_a_gpu(monkeypatch):
+    devices = []
+    monkeypatch.setattr(throughput, "DEVICE", torch.device("meta"))
+    monkeypatch.setattr(throughput, "stable_baselines3_ppo", lambda module, env: devices.append(env.device) or 1.0)
+    monkeypatch.setattr(throughput, "stable_baselines3_sac", lambda env: (devices.append(env.device), 1.0))
+    for phase in ("phase1", "phase2", "phase3"):
+        throughput.speed(throughput.Args(), Measure(phase, "peer"), 2)
+    assert devices == [torch.device("cpu")] * 3
 
 
 def refusal(*flags: str) -> str:
