@@ -46,7 +46,7 @@ PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 HIDDEN = 64  # width of the hidden layers
 IMITATION = 1500  # updates that imitate the classical maker before training
-RIVAL_SCALE = 2.0  # of the share of takers that a rival edge attracts, in observations
+RIVAL_SCALES = (0.7, 2.0)  # of the middles and of the widths of rivals' quotes in observations, see `Agent.seen`
 MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
@@ -209,7 +209,7 @@ class Agent(nn.Module):
     def __init__(self, market: QuotingEnv):
         super().__init__()
         size = market.maker_observation_space.shape[0]
-        options = market.num_options
+        self.options = options = market.num_options
         self.parts = (4, options, options)  # of the raw action: common numbers, tilts, widths
 
         def network(outputs: int, std: float) -> nn.Sequential:
@@ -249,13 +249,15 @@ class Agent(nn.Module):
         action = envs[0].env.by_name(acted)
         self.half_spread.copy_(0.5 * (action["ask"] + action["bid"]).clamp(max=MOST).mean())
         self.band.copy_(action["band"].mean().clamp(0.01, 1.0))
-        seen = self.attraction(observed)
+        seen = self.seen(observed)
         self.observation_mean.copy_(seen.mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market where it does. The
         # columns of rivals' quotes have a wide scale, so that the agent starts with weak reactions to them: strong ones
-        # can be exploited, and self-play among makers that react to each other takes long to settle.
+        # can be exploited, and self-play among makers that react to each other takes long to settle. The middles tell
+        # who the rival is, and nobody moves them for nothing, so theirs is less wide.
         std = torch.where(seen.std(0) < 1e-2, 1.0, seen.std(0))
-        std[self.rival_edges] = RIVAL_SCALE
+        rivals = std[self.rival_edges].view(-1, 2, self.options)
+        rivals.copy_(rivals.new_tensor(RIVAL_SCALES)[:, None].expand_as(rivals))
         self.observation_std.copy_(std)
         return observed, acted
 
@@ -278,16 +280,22 @@ class Agent(nn.Module):
         with torch.no_grad():
             self.actor_logstd.fill_(math.log(0.2))  # near an optimum, wide exploration leads away from it
 
-    def attraction(self, observation: Tensor) -> Tensor:
-        """The observation with the takers that each of the rivals' edges d would attract if there were nobody else,
-        1/(1 + exp(k(d − d_ref))), in place of the edge. It is bounded, so edges unlike those of training do no harm."""
+    def seen(self, observation: Tensor) -> Tensor:
+        """The observation with what the rivals' quotes attract in place of the quotes themselves.
+
+        An edge d would attract the share 1/(1 + exp(k(d − d_ref))) of the takers if there were nobody else. It is
+        bounded, so edges unlike those of training do no harm. Asks' less bids' shares say where the middle of a rival's
+        quotes is, their sums how wide they are.
+        """
         k, reference = self.choice
         share = torch.sigmoid(-k * (observation[:, self.rival_edges] - reference))
+        ask, bid = share.unflatten(1, (-1, 2, self.options)).unbind(2)
+        share = torch.stack((ask - bid, ask + bid), 2).flatten(1)
         before, after = observation[:, : self.rival_edges.start], observation[:, self.rival_edges.stop :]
         return torch.cat((before, share, after), 1)
 
     def normalise(self, observation: Tensor) -> Tensor:
-        return ((self.attraction(observation) - self.observation_mean) / self.observation_std).clamp(-10, 10)
+        return ((self.seen(observation) - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""

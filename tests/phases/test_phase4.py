@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -185,14 +186,18 @@ def test_resume_restores_opponents_bitwise(tmp_path, monkeypatch, changes):
 def test_rivals_are_seen_by_the_takers_they_attract():
     _, classics, agent = make()
     observation, _ = classics.env.reset(seed=0)  # rivals count as quoting the reference edge: half of the takers
-    seen = agent.attraction(observation)
-    torch.testing.assert_close(seen[:, 8:18], torch.full((len(seen), 10), 0.5))
+    middle, width = torch.tensor(0.0).expand(5), torch.tensor(1.0).expand(5)
+    seen = agent.seen(observation)
+    torch.testing.assert_close(seen[:, 8:18], torch.cat((middle, width)).expand(len(seen), -1))
     assert torch.equal(seen[:, :8], observation[:, :8])
     assert torch.equal(seen[:, 18:], observation[:, 18:])
-    observation[:, 8] = 100.0
-    seen = agent.attraction(observation)
-    assert seen[:, 8].max() < 1e-6
-    torch.testing.assert_close(seen[:, 9:18], torch.full((len(seen), 9), 0.5))
+    observation[:, 8], observation[:, 13] = 100.0, 0.0  # of the first option, the ask and the bid
+    seen = agent.seen(observation)
+    attracted = 1 / (1 + math.exp(-2.0))
+    torch.testing.assert_close(seen[:, 8], torch.full((len(seen),), -attracted))
+    torch.testing.assert_close(seen[:, 13], torch.full((len(seen),), attracted))
+    others = [*range(9, 13), *range(14, 18)]
+    torch.testing.assert_close(seen[:, others], torch.cat((middle[1:], width[1:])).expand(len(seen), -1))
 
 
 def test_start_edge_and_average(tmp_path):
