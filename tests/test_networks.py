@@ -46,9 +46,10 @@ def gradients(own: Networks, theirs: dict[str, nn.Sequential]) -> tuple[torch.Te
 @pytest.mark.parametrize("rows", [1, 7, 64, 240, 1000])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
-@pytest.mark.parametrize("block", [2048, 128])
-def test_values_and_gradients_are_those_of_torch_nn(rows, activation, dtype, accuracy, block, monkeypatch):
+@pytest.mark.parametrize(("block", "fast_tanh"), [(1024, False), (128, True)])
+def test_values_and_gradients_are_those_of_torch_nn(rows, activation, dtype, accuracy, block, fast_tanh, monkeypatch):
     monkeypatch.setattr(networks, "BLOCK", block)
+    monkeypatch.setattr(networks, "FAST_TANH", fast_tanh)
     own, theirs = make(activation, dtype)
     x = torch.randn(rows, 9, dtype=dtype, requires_grad=True)
     y = x.detach().clone().requires_grad_()
