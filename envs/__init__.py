@@ -9,7 +9,8 @@ Each folder has one purpose, and imports only point down:
     run                          flags, files, resume, torchrun: the manners of a command, no finance
 
 `models.py` builds the model of the underlying that the flags describe, `gym.py` has the environments of gymnasium's
-registry. Nothing here imports a phase script, and only `run` knows Weights & Biases.
+registry, `networks.py` small networks that are fast on a CPU. Nothing here imports a phase script, and only `run` knows
+Weights & Biases.
 """
 
 import gymnasium

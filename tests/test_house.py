@@ -9,7 +9,12 @@ from graphlib import TopologicalSorter
 import pytest
 from common import ROOT
 
-FLOORS = [{"run", "market"}, {"baselines", "optimum", "calibration"}, {"benchmark"}, {"figures", "models", "gym"}]
+FLOORS = [
+    {"run", "market", "networks"},
+    {"baselines", "optimum", "calibration"},
+    {"benchmark"},
+    {"figures", "models", "gym"},
+]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 SCRIPTS = sorted(ROOT.glob("phase*.py"))
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "envs").rglob("*.py")}
