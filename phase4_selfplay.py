@@ -47,6 +47,7 @@ EPISODES = 2048  # played side by side for validation
 HIDDEN = 64  # width of the hidden layers
 IMITATION = 1500  # updates that imitate the classical maker before training
 RIVAL_SCALES = (0.7, 2.0)  # of the middles and of the widths of rivals' quotes in observations, see `Agent.seen`
+CLASSICS_AT_FIRST = 0.4  # of their rows that classical makers have when the run starts; at its end they have all
 MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
@@ -98,8 +99,8 @@ class Args(QuotingArgs, BatchedRunArgs):
     pool_sampling: Literal["uniform", "prioritised"] = "uniform"
     """how one is chosen for an iteration: all alike, or the more often the more it earns beyond the agent"""
     classical_share: float = 0.5
-    """share of the rows in which the classical makers have the other seats, each its part of them, so that the agent
-    remains good against makers unlike itself"""
+    """share of the rows in which the classical makers have the other seats at the end of the run (it grows), each its
+    part of them, so that the agent remains good against makers unlike itself"""
     guests: tuple[str, ...] = ()
     """run folders or checkpoints of other runs, whose agents join the cross-play and, with --opponent pool, the pool"""
     start_edge: float | None = None
@@ -111,7 +112,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """environment steps of the whole run, over all environments"""
     num_envs: int = 64
     """environments side by side; more of them are faster, but make fewer updates of as many steps"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 2.5e-4
     """learning rate of Adam"""
     anneal_share: float = 0.5
     """share of the run, its last, in which the learning rate falls linearly to zero"""
@@ -352,7 +353,8 @@ class Opponents(nn.Module):
     `latest` (lag, …) and `pool` (size, …) hold snapshots, vectors as `to_vector` makes them: the last iterates, in a
     ring; guests, and then a pool that stays evenly spaced over the run, because every second snapshot goes when it is
     full (average past play, Heinrich, Lanctot & Silver 2015). Each has its share of the rows of every update, not a
-    share of the updates: so each update is good against all of them.
+    share of the updates: so each update is good against all of them. The classical makers' share grows during the run;
+    what they do not have yet, the agent's own past has.
     """
 
     def __init__(self, args: Args, agent: Agent, guests: list[Tensor], classics: list, market: QuotingEnv):
@@ -371,6 +373,12 @@ class Opponents(nn.Module):
         self.seats = market.num_makers - 1  # of opponents, in each row
         self.newest = copy.deepcopy(agent).requires_grad_(False)
         self.past = copy.deepcopy(agent).requires_grad_(False)
+        place = torch.zeros(self.first)  # of a row among its maker's, from 0 to 1; copies of a market have the same
+        for own in rows:
+            group = torch.arange(own.stop - own.start) // args.copies * args.copies
+            place[own] = group / max(1, own.stop - own.start)
+        self.register_buffer("place", place.repeat_interleave(self.seats)[:, None], persistent=False)
+        self.register_buffer("classics", torch.ones(1), persistent=False)  # share of their rows that they have now
         playing = [(in_market(classic, market, own), own) for classic, own in zip(classics, rows, strict=True)]
         playing.append((self.past.policy, slice(self.first, self.end)))
         playing.append((self.newest.policy, slice(self.end, market.num_envs)))
@@ -398,6 +406,9 @@ class Opponents(nn.Module):
         slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
         from_vector(self.newest, self.latest[slot])
         self.latest[slot] = to_vector(agent)
+        if self.args.opponent != "baseline":
+            done = (iteration - 1) / self.args.num_iterations
+            self.classics.fill_(CLASSICS_AT_FIRST + (1.0 - CLASSICS_AT_FIRST) * done)
         if self.first < self.end:
             if (iteration - 1) % self.spacing == 0:
                 self._add(agent, iteration - 1)
@@ -433,7 +444,11 @@ class Opponents(nn.Module):
     def policy(self, observation: Tensor) -> Tensor:
         """Observation (rows · seats, size) → environment action, without exploration."""
         seats = self.seats
-        return torch.cat([play(observation[own.start * seats : own.stop * seats]) for play, own in self.playing])
+        played = torch.cat([play(observation[own.start * seats : own.stop * seats]) for play, own in self.playing])
+        first = self.first * seats
+        past = self.past if self.args.opponent == "pool" else self.newest
+        played[:first] = torch.where(self.place < self.classics, played[:first], past.policy(observation[:first]))
+        return played
 
     def score(self, lead: Tensor) -> None:
         """Learns by how much the opponents' objectives were above the agent's in an iteration, lead (rows,)."""

@@ -267,7 +267,7 @@ def test_opponents_have_the_rows_that_were_asked_for(share):
     known = [classics.policies[name] for name in CLASSICS]
     market = classics.env.env.like(args.rows)
     opponents = phase4.Opponents(args, agent, [], known, market)
-    opponents.advance(agent, 1, torch.Generator())
+    opponents.advance(agent, args.num_iterations + 1, torch.Generator())  # at the end of the run
     marked(opponents.past, 0.1)
     seen = market.reset(seed=0)[0][:, 1:].flatten(0, 1)  # of two other seats in each of 400 rows
     ends = [round(400 * share), round(800 * share), round(800 * (share + (1 - share) * 0.4)), 800]
@@ -277,6 +277,27 @@ def test_opponents_have_the_rows_that_were_asked_for(share):
     for policy, end in zip((*known, opponents.past.policy, opponents.newest.policy), ends, strict=True):
         torch.testing.assert_close(played[first:end], policy(seen)[first:end])
         first = end
+
+
+def test_the_classical_makers_share_grows_during_the_run():
+    args, classics, agent = make(
+        num_envs=200, num_makers=3, episodes=2, classical_share=0.5, total_timesteps=12 * 12_000
+    )
+    known = [classics.policies[name] for name in CLASSICS]
+    market = classics.env.env.like(args.rows)
+    opponents = phase4.Opponents(args, agent, [], known, market)
+    seen = market.reset(seed=0)[0][:, 1:].flatten(0, 1)  # of two other seats in each of 400 rows
+    assert args.num_iterations > 10
+    for done in (0.0, 0.5, 1.0):
+        opponents.advance(agent, 1 + round(done * args.num_iterations), torch.Generator())
+        own = opponents.newest.policy(seen)
+        played = (opponents.policy(seen) - own).abs().amax(1) > 1e-4  # by a classical maker
+        assert not played[400:].any()
+        done = round(done * args.num_iterations) / args.num_iterations
+        share = phase4.CLASSICS_AT_FIRST + (1 - phase4.CLASSICS_AT_FIRST) * done
+        for rows in played[:400].view(len(known), -1):  # of each of them
+            assert rows.double().mean() == pytest.approx(share, abs=8 / len(rows))
+            assert torch.equal(rows, rows.sort(descending=True).values)
 
 
 def test_starts_must_end_alike(tmp_path, monkeypatch, capsys):
