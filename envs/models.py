@@ -186,7 +186,11 @@ class SmileArgs:
     """Flags of the option smile that phase 0 calibrates to."""
 
     smile: str = "sp500-2018"
-    """sp500-2018, sp500-2018-slices, sp500-2024, or a CSV: maturity (years), strike, implied_volatility (decimal)"""
+    """sp500-2018, sp500-2018-slices, sp500-2024, heston (a model's, with its forward-start options), or a CSV: maturity
+    (years), strike, implied_volatility (decimal)"""
+    heston: tuple[float, float, float, float, float] = (0.04, 0.04, 4.0, 0.5, -0.7)
+    """of --smile heston: variance at the start and in the long run, speed of mean reversion, volatility of variance,
+    correlation with the spot"""
     smile_spot: float = 1.0
     """spot (or forward) that the strikes of a CSV belong to"""
     allow_arbitrage: bool = False
@@ -200,6 +204,7 @@ class SmileArgs:
         check_range(self, 0, math.inf, "smile_spot", open_low=True)
         if self.num_steps is not None:
             check_range(self, FIRST_JUDGED + 1, MOST_DAYS, "num_steps")
+        check(self.smile == "heston" or self.heston == SmileArgs.heston, "--heston is for --smile heston")
         own = self.smile not in smiles.SURFACES
         check(own or self.smile_spot == 1.0, "--smile-spot is for a --smile from a CSV")
         check(own or not self.allow_arbitrage, "--allow-arbitrage is for a --smile from a CSV")
@@ -213,6 +218,8 @@ def make_surface(args: SmileArgs) -> tuple[smiles.Surface, list[quotes.Fit]]:
     """
     fits = []
     surface = smiles.SURFACES.get(args.smile)
+    if args.smile == "heston":
+        surface = make_heston_surface(args.heston)
     if surface is None:
         names = ", ".join(smiles.SURFACES)
         check(os.path.isfile(args.smile), f"--smile is {args.smile!r} (one of {names}, or a CSV file)")
@@ -225,6 +232,21 @@ def make_surface(args: SmileArgs) -> tuple[smiles.Surface, list[quotes.Fit]]:
     shortest = FIRST_JUDGED + 1
     check(last >= shortest, f"--smile is {args.smile}, which ends after {last} days (at least {shortest})")
     return surface, fits
+
+
+def make_heston_surface(parameters: tuple[float, ...]) -> smiles.HestonSurface:
+    """The smiles of Heston's model with these parameters, in the order of `HestonSurface`.
+
+    Raises:
+        UsageError: a parameter outside its range.
+    """
+    ranges = ((1e-4, 1), (1e-4, 1), (1e-3, 100), (1e-3, 3), (-1, 1))
+    for value, (low, high) in zip(parameters, ranges, strict=True):
+        check(low <= value <= high, f"--heston has {value:g} (at least {low:g}, at most {high:g})")
+    try:
+        return smiles.HestonSurface(*parameters)
+    except ValueError as error:
+        raise UsageError(f"--heston: {error}") from None
 
 
 def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS) -> Dynamics:

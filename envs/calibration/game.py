@@ -7,10 +7,11 @@ are the paper's). The simulation stores no computational graph, so its memory do
 
     ln S_{t+1} = ln S_t − ½ σ_t² δ + σ_t √δ Z_t                                                             (5)
 
-There are two tasks. `local-vol` fits the implied volatilities of all strikes and maturities. `exotic` moves the price
+There are three tasks. `local-vol` fits the implied volatilities of all strikes and maturities. `exotic` moves the price
 of an exotic while the vanillas keep their market prices; by default it is the Bermudan
-max{(S_{t1} − k1)⁺, E_{t1}[(S_{t2} − k2)⁺]}. Localisation keeps the vanillas: σ = σ_loc(t, S) m/√E[m²|S], where the
-players choose m (Gyöngy 1986; Guyon & Henry-Labordère 2012).
+max{(S_{t1} − k1)⁺, E_{t1}[(S_{t2} − k2)⁺]}. `slv`, stochastic local volatility, fits forward-start options
+(S_T/S_s − k)⁺, the vanillas kept as well. Localisation keeps them: σ = σ_loc(t, S) m/√E[m²|S], where the players choose
+m (Gyöngy 1986; Guyon & Henry-Labordère 2012).
 
 Shapes: R runs side by side of n players each, (R, n). Under common random numbers all runs have the same Brownian
 increments and differ only by their players' actions. S₀ = 1, zero rates; time steps are trading days, δ = 1/252.
@@ -32,7 +33,7 @@ from envs.market.units import VOL_POINT
 from envs.run.seeds import REFERENCE_SEED
 
 Tensor = torch.Tensor
-TASKS = ("local-vol", "exotic")
+TASKS = ("local-vol", "exotic", "slv")
 STATES = ("local", "non-path-dependent", "path-dependent")
 ACTION_MAPS = {"direct": 1, "normal": 2, "stochastic": 3}  # name → size of an action
 REFERENCES = ("local-vol", "black-scholes", "none")
@@ -45,13 +46,15 @@ NODES = 161  # number of nodes of a grid of log-spots
 WIDTH = 8.0  # half-width of a grid in standard deviations
 REFERENCE_PATHS = 2**21  # paths that measure the errors of daily local volatility
 VALIDATION_PATHS = 2**16
-MAX_LOG_MULTIPLIER = 1.0  # bound of |ln m| in the exotic task
+MAX_LOG_MULTIPLIER = {"exotic": 1.0, "slv": 3.0}  # task → bound of |ln m|
+FORWARD_TENOR = 20  # trading days from start to expiry of the forward-start options
+FORWARD_STRIKES = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)  # in standard deviations from the money
 
 
 class State(NamedTuple):
     """State of the players, (R, n) each: ln S and ln(σ/`reference_volatility`) of the last step, now and at t1.
 
-    In the exotic task ln m of the last step takes the place of the volatility.
+    Where m is localised, in the tasks exotic and slv, ln m of the last step takes the place of the volatility.
     """
 
     log_spot: Tensor
@@ -134,24 +137,27 @@ class CalibrationGame:
     - direct, size 1: ln σ_t = a.
     - normal, size 2: ln σ_t ~ N(a₀, (e^{a₁}/10)²), the paper's mean and variance of ln σ_t.
     - stochastic, size 3: ln σ_{t+1} = ln σ_t + μδ + ηρ√δ Z_t + η√(1−ρ²)√δ Z⊥_t (9), with μ = 10a₀, η = 2e^{a₁} and
-      ρ = tanh(a₂ − 1), annualised; σ starts at the local volatility.
+      ρ = tanh a₂, annualised; σ starts at the local volatility.
 
-    In the exotic task the same maps give ln m, within ±`MAX_LOG_MULTIPLIER` (by tanh; the stochastic map is clamped).
-    Unless `act_before_t1`, the model is plain local volatility before t1. Then the continuation value at t1 depends on
-    S_{t1} alone, else on the last m too.
+    In the tasks exotic and slv the same maps give ln m, within ±`MAX_LOG_MULTIPLIER` (by tanh; the stochastic map is
+    clamped). In the exotic task, unless `act_before_t1`, the model is plain local volatility before t1. Then the
+    continuation value at t1 depends on S_{t1} alone, else on the last m too.
 
     Attributes:
         days, maturity: (days,) trading days and (days, 1) years of the maturities.
         strike, is_call, market_volatility, vega, weights: (days, strikes) of the options, all out of the money; vega in
             the currency of S₀ per vol point, weights of mean 1 over the strikes.
         options: [(day, [(strike, is_call), …]), …], the same options as numbers on the host.
+        forward_days: [(start, expiry), …] of the forward-start options, in the task slv alone, as are
+        forward_strike, forward_is_call, forward_volatility: (starts, strikes) of them, likewise out of the money;
+        forward_options: [(start, expiry, [(strike, is_call), …]), …], the same as numbers on the host.
         local_volatility: (num_steps, NODES) Dupire's σ of every step on the grid.
         leverage: (num_steps, NODES) of √E[m²|S], where it is known; None to estimate it from the players.
         reference_volatility: the market's, at the money at the last maturity.
         constant_volatility: the one whose errors on the judged maturities have the least mean square.
 
     Raises:
-        ValueError: an unknown name, or more steps than the smile has days.
+        ValueError: an unknown name, more steps than the smile has days, or no forward-start options in it for slv.
     """
 
     def __init__(
@@ -200,13 +206,15 @@ class CalibrationGame:
         if self.payoff.days[-1] != num_steps:
             raise ValueError(f"days ends with {self.payoff.days[-1]} (num_steps, {num_steps})")
         self.t1 = self.payoff.days[0]
-        self.first_move = 0 if task == "local-vol" or act_before_t1 else self.t1  # day of the first actions
+        self.first_move = 0 if task != "exotic" or act_before_t1 else self.t1  # day of the first actions
         self.common = common
         self.reference = reference
         self.regression = regression
         self.device = torch.device(device)
         self._tabulate_local_volatility()
         self._choose_options(vega_weights)
+        if task == "slv":
+            self._choose_forward_starts()
 
     def _tabulate_local_volatility(self) -> None:
         """Local volatility of each step: Dupire's at its start.
@@ -242,6 +250,26 @@ class CalibrationGame:
         self.vega = vega.clamp(min=1e-7)  # smaller only on a smile with arbitrage
         self.weights = self.vega / self.vega.mean(-1, keepdim=True) if vega_weights else one
 
+    def _choose_forward_starts(self) -> None:
+        """The forward-start options that are calibrated to: of three starts, the last one expires at the end."""
+        last = self.num_steps - FORWARD_TENOR
+        starts = sorted({max(1, round(last * i / 3)) for i in (1, 2, 3)})
+        self.forward_days = [(start, start + FORWARD_TENOR) for start in starts]
+        days = torch.tensor(self.forward_days, dtype=torch.float64) * DT
+        start, end = days[:, :1], days[:, 1:]
+        at_the_money = self.surface.forward_volatility(0.0, start, end)
+        log_strike = FORWARD_STRIKES * at_the_money * math.sqrt(FORWARD_TENOR * DT)
+        self.forward_strike = log_strike.exp().to(self.device)
+        self.forward_is_call = self.forward_strike >= 1.0
+        options = zip(self.forward_days, self.forward_strike.tolist(), self.forward_is_call.tolist(), strict=True)
+        self.forward_options = [(*days, list(zip(strikes, calls, strict=True))) for days, strikes, calls in options]
+        self.forward_volatility = self.surface.forward_volatility(log_strike, start, end).to(self.device)
+
+    @property
+    def localised(self) -> bool:
+        """Whether the players choose m, and localisation keeps the vanillas."""
+        return self.task != "local-vol"
+
     @property
     def is_local(self) -> bool:
         """Whether the state is (t, S) alone, so that a policy can be tabulated."""
@@ -252,6 +280,8 @@ class CalibrationGame:
         game = CalibrationGame(**{**self.settings, **changes})
         if not {"surface", "num_steps", "reference"} & set(changes):
             game.reference_errors = self.reference_errors  # slow to compute
+            if "task" not in changes and self.task == "slv":
+                game.reference_forward_errors = self.reference_forward_errors
             if "reference_price" in vars(self):
                 game.reference_price = self.reference_price
         return game
@@ -271,9 +301,24 @@ class CalibrationGame:
     def reference_errors(self) -> Tensor:
         """Expected errors (days, strikes) of the reference model, vol points; zero without one."""
         if self.reference == "local-vol":
-            return dupire_errors(self)
+            return self.volatility_errors(self.dupire_prices[0])
         known = self.constant_volatility if self.reference == "black-scholes" else self.market_volatility
         return (known - self.market_volatility) / VOL_POINT
+
+    @cached_property
+    def reference_forward_errors(self) -> Tensor:
+        """The same (starts, strikes) of the forward-start options."""
+        if self.reference == "local-vol":
+            return self.forward_volatility_errors(self.dupire_prices[1])
+        known = self.constant_volatility if self.reference == "black-scholes" else self.forward_volatility
+        return (known - self.forward_volatility) / VOL_POINT
+
+    @cached_property
+    def dupire_prices(self) -> tuple[Tensor, Tensor | None]:
+        """Prices of the options and of the forward-start options in daily local volatility, `REFERENCE_PATHS` paths."""
+        alone = self.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
+        paths = sample(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED)
+        return paths.prices.mean(0), None if paths.forward_prices is None else paths.forward_prices.mean(0)
 
     @cached_property
     def node_features(self) -> Tensor:
@@ -345,7 +390,7 @@ class CalibrationGame:
             log_volatility = self._local(t, self.state.log_spot).log()
             self.leverages.append(torch.ones_like(self.local_volatility[t]))
         else:
-            bound = MAX_LOG_MULTIPLIER
+            bound = MAX_LOG_MULTIPLIER[self.task]
             if self.action_map == "stochastic":
                 chosen = chosen.clamp(-bound, bound)
                 following = following.clamp(-bound, bound)
@@ -362,7 +407,7 @@ class CalibrationGame:
         if self.action_map == "normal":
             chosen = a[0] + self.own_std(a[1]) * self.own_shocks[self.t]
             return chosen, chosen
-        rho = torch.tanh(a[2] - 1.0)
+        rho = torch.tanh(a[2])
         eta = 2.0 * a[1].clamp(-10, 2).exp()
         noise = rho * self.shocks[self.t] + (1.0 - rho**2).clamp(min=0).sqrt() * self.own_shocks[self.t]
         chosen = self.state.log_volatility
@@ -429,9 +474,7 @@ class CalibrationGame:
 
         A price of 0, which an option has when no path ends in the money, has volatility 0.
         """
-        arguments = (prices, torch.ones_like(self.strike), self.strike, self.maturity, self.is_call)
-        volatility = black_scholes.implied_volatility(*arguments, iterations=14)
-        return (volatility - self.market_volatility) / VOL_POINT
+        return _volatility_errors(prices, self.strike, self.maturity, self.is_call, self.market_volatility)
 
     def errors(self) -> Tensor:
         """Calibration errors (R, days, strikes) of the simulated paths, vol points, with the control variate.
@@ -445,13 +488,43 @@ class CalibrationGame:
         sampled = self.volatility_errors(self.prices(self.reference_log_spots))
         return errors - (sampled - self.reference_errors)
 
+    def forward_prices(self, log_spots: list[Tensor]) -> Tensor:
+        """Monte Carlo prices (R, starts, strikes) of the out-of-the-money forward-start options, float64."""
+        rows = []
+        for start, end, options in self.forward_options:
+            ratio = (log_spots[end] - log_spots[start]).exp()
+            payoffs = (((ratio - k) if call else (k - ratio)).clamp_(min=0).mean(-1) for k, call in options)
+            rows.append(torch.stack(list(payoffs), -1))
+        return torch.stack(rows, 1).double()
+
+    def forward_volatility_errors(self, prices: Tensor) -> Tensor:
+        """`volatility_errors` of the forward-start options, (…, starts, strikes)."""
+        strike = self.forward_strike
+        tenor = torch.full_like(strike, FORWARD_TENOR * DT)
+        return _volatility_errors(prices, strike, tenor, self.forward_is_call, self.forward_volatility)
+
+    def forward_errors(self) -> Tensor:
+        """`errors` of the forward-start options, (R, starts, strikes)."""
+        errors = self.forward_volatility_errors(self.forward_prices(self.log_spots))
+        if self.reference == "none":
+            return errors
+        sampled = self.forward_volatility_errors(self.forward_prices(self.reference_log_spots))
+        return errors - (sampled - self.reference_forward_errors)
+
     # Rewards. They telescope (8), so a reward-to-go contains nothing that was settled before.
 
     def shared_rewards(self, errors: Tensor) -> Tensor:
         """The reward (R, T) that all players of a run share, vol points²: at every step minus the weighted mean square
-        error of the options that expire at its end, equation (6)."""
+        error of the options that expire at its end, equation (6).
+
+        Args:
+            errors: (R, days, strikes) of the vanillas; in the task slv (R, starts, strikes) of the forward starts.
+        """
         rewards = torch.zeros(len(errors), self.num_steps, device=errors.device, dtype=errors.dtype)
-        rewards[:, FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1)
+        if self.task == "slv":
+            rewards[:, [end - 1 for _, end in self.forward_days]] = -errors.square().mean(-1)
+        else:
+            rewards[:, FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1)
         return rewards.float()
 
     def difference_rewards(self, errors: Tensor, log_spots: Tensor) -> Tensor:
@@ -576,16 +649,15 @@ class CalibrationGame:
         return torch.stack(effects)
 
 
+def _volatility_errors(prices: Tensor, strike: Tensor, maturity: Tensor, is_call: Tensor, market: Tensor) -> Tensor:
+    """Implied volatilities of prices (…, rows, strikes) on a spot of 1, minus the market's, in vol points."""
+    arguments = (prices, torch.ones_like(strike), strike, maturity, is_call)
+    return (black_scholes.implied_volatility(*arguments, iterations=14) - market) / VOL_POINT
+
+
 def last_day(surface: Surface) -> int:
     """The last whole trading day of a surface; 51, the paper's, for one that does not end."""
     return int(surface.last_maturity / DT + 1e-6) if surface.last_maturity < math.inf else 51
-
-
-def dupire_errors(game: CalibrationGame) -> Tensor:
-    """Expected errors (days, strikes) of daily local volatility on the game's options, from `REFERENCE_PATHS` paths."""
-    alone = game.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
-    paths = sample(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED)
-    return alone.volatility_errors(paths.prices.mean(0))
 
 
 Step = Callable[[CalibrationGame], None]  # a model: it makes one step of a game for all players
@@ -603,20 +675,24 @@ class Paths(NamedTuple):
     """Prices of the vanillas and the exotic's dates on fresh paths, in chunks of n = `num_players`."""
 
     prices: Tensor  # (chunks, days, strikes)
+    forward_prices: Tensor | None  # (chunks, starts, strikes), in the task slv
     exercises: list[Tensor]  # (chunks, n) what exercise pays, for each exercise day
     regressors: list[list[Tensor]]  # (chunks, n) each, for each exercise day but the last, see `regressors`
 
 
 def sample(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Paths:
     """Plays a model on `num_paths` fresh paths, `num_players` at a time."""
-    prices, exercises, regressors = [], [], []
+    prices, forward, exercises, regressors = [], [], [], []
     for chunk in range(max(1, num_paths // game.num_players)):
         play(game, step, seed + chunk)
         prices.append(game.prices(game.log_spots)[0])
+        if game.task == "slv":
+            forward.append(game.forward_prices(game.log_spots)[0])
         exercises.append(game.exercises(game.num_steps))
         regressors.append(game.regressors())
     return Paths(
         torch.stack(prices),
+        torch.stack(forward) if forward else None,
         [torch.cat(column) for column in zip(*exercises, strict=True)],
         [[torch.cat(column) for column in zip(*rows, strict=True)] for rows in zip(*regressors, strict=True)],
     )

@@ -76,7 +76,7 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     """The market of a calibrated policy as tensors, numbers and names, to be saved in a checkpoint.
 
     The policy is saved as its tables if the state is (t, S), else as its linear layers. The market also has its
-    projection √E[σ_t²|S_t] (T, nodes), annualised, and in the exotic task the leverage √E[m²|S_t] that localises it.
+    projection √E[σ_t²|S_t] (T, nodes), annualised, and where m is localised the leverage √E[m²|S_t] too.
     Both are estimated by particles unless they are known.
 
     Raises:
@@ -85,7 +85,7 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     tables = policy_tables(game, policy) if game.is_local else None
     layers = None if game.is_local else layers_of(policy, game.observation_size)
     leverage = None
-    if game.task == "exotic":
+    if game.localised:
         leverage = torch.stack(_played_particles(game, policy).leverages)
         projection = game.local_volatility  # by construction
     elif game.is_local:
@@ -138,7 +138,7 @@ def _fill(nodes: Tensor) -> Tensor:
 def _contents(game: CalibrationGame, market: dict) -> list[tuple[Tensor, tuple[int, ...]]]:
     """The tensors of a market, each with the shape that it must have."""
     contents = [(market["projection"], (game.num_steps, NODES))]
-    if game.task == "exotic":
+    if game.localised:
         contents.append((market["leverage"], (game.num_steps, NODES)))
     if game.is_local:
         contents.append((market["tables"], (game.num_steps, game.action_size, NODES)))

@@ -161,8 +161,54 @@ def exotic_training(path: Path, curves: Mapping[str, list[dict]], result: Benchm
     style.save(figure, path)
 
 
+def slv_report(
+    folder: Path,
+    game: CalibrationGame,
+    result: Benchmark,
+    played: Mapping[str, Calibration],
+    forward: Mapping[str, Tensor],
+) -> None:
+    """The figures of a stochastic local volatility: forward smiles, vanillas, and training.
+
+    Args:
+        folder: of the run; without a metrics.csv in it the training is not drawn.
+        forward: by model, errors (starts, strikes) of the forward-start options, vol points.
+    """
+    title = result.title
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:
+        figure, axes = style.new()
+        steps = [row["global_step"] / 1e6 for row in curve]
+        forward_rmse = [row["charts/forward_rmse"] for row in curve]
+        axes.semilogy(steps, forward_rmse, color=AGENT, marker=".", label="agent (mean action): forward starts")
+        axes.semilogy(steps, [row["charts/rmse"] for row in curve], color=OTHER, label="agent: vanillas")
+        level = result.rows[DUPIRE]["forward_rmse"]
+        axes.axhline(level, color=BASELINE, linestyle="--", label=f"{DUPIRE}: forward starts {level:.3f}")
+        axes.set(title=f"{title}: training", xlabel="player steps (millions)", ylabel="RMSE (vol points)")
+        style.legend(axes)
+        style.save(figure, folder / "learning_curve.png")
+    forward_smiles(folder / "forward_smiles.png", game, forward, title)
+    vanilla_smiles(folder / "vanillas.png", game, played, title)
+
+
+def forward_smiles(path: Path, game: CalibrationGame, forward: Mapping[str, Tensor], title: str) -> None:
+    """The smiles that forward-start options are worth, a panel for each start: target, local volatility, agent."""
+    figure, panels = style.new(1, len(game.forward_days), (5 * len(game.forward_days), 5), squeeze=False)
+    for i, (axis, (start, end)) in enumerate(zip(panels[0], game.forward_days, strict=True)):
+        strike = game.forward_strike[i].cpu().numpy()
+        market = 100 * game.forward_volatility[i].cpu().numpy()
+        axis.plot(strike, market, color="black", label="target")
+        for name, mark, colour in (("agent", "o", AGENT), (DUPIRE, "x--", BASELINE)):
+            axis.plot(strike, market + forward[name][i].numpy(), mark, color=colour, label=name)
+        axis.set(title=f"days {start} to {end}", xlabel="strike of S_T/S_start", ylabel="implied volatility (%)")
+        style.legend(axis)
+    figure.suptitle(f"{title}: forward-start options")
+    figure.tight_layout()
+    style.save(figure, path)
+
+
 def vanilla_smiles(path: Path, game: CalibrationGame, played: Mapping[str, Calibration], title: str) -> None:
-    """The vanilla smiles of the first and the last day of the exotic, market and models: the paper's figure 2."""
+    """The vanilla smiles of the game's first date and last day, market and models: the paper's figure 2."""
     figure, panels = style.new(1, 2, (12, 5))
     maturities = game.days.tolist()
     for axis, day in zip(panels, (game.payoff.days[0], game.payoff.days[-1]), strict=True):

@@ -9,6 +9,7 @@ from envs.calibration.game import CalibrationGame, judged, play
 from envs.market import smiles
 
 SP500 = smiles.SURFACES["sp500-2018"]
+HESTON = smiles.SURFACES["heston"]
 
 
 def generator(seed=0):
@@ -48,10 +49,11 @@ def test_constant_volatility_has_its_own_smile():
         ("local-vol", "non-path-dependent", "stochastic", (0.5, 0.3, -0.4)),
         ("exotic", "path-dependent", "direct", (0.5,)),
         ("exotic", "path-dependent", "stochastic", (0.5, 0.3, -0.4)),
+        ("slv", "non-path-dependent", "stochastic", (-0.1, -0.4, -0.8)),
     ],
 )
 def test_spots_are_martingales_and_actions_are_what_they_say(task, state, action_map, action):
-    game = CalibrationGame(SP500, 2**15, task=task, state=state, action_map=action_map)
+    game = CalibrationGame(HESTON if task == "slv" else SP500, 2**15, task=task, state=state, action_map=action_map)
     played(game, lambda game: constant_actions(game, *action))
     for log_spot in game.log_spots:
         spot = log_spot[0].double().exp()
@@ -62,7 +64,7 @@ def test_spots_are_martingales_and_actions_are_what_they_say(task, state, action
         assert log_volatility.mean().item() == pytest.approx(0.1 + math.log(game.reference_volatility), abs=0.01)
     if action_map == "stochastic" and task == "local-vol":
         change, returns = log_volatility.diff(dim=0), torch.stack(game.log_spots)[:, 0].diff(dim=0)[:-1]
-        eta, rho = 2 * math.exp(0.3), math.tanh(-1.4)
+        eta, rho = 2 * math.exp(0.3), math.tanh(-0.4)
         assert change.std().item() == pytest.approx(eta / 252**0.5, rel=0.01)
         assert change.mean().item() == pytest.approx(10 * 0.5 / 252, abs=0.002)
         shock = game.shocks[:-1, 0]

@@ -30,8 +30,8 @@ def policy_of(game, slope=0.0, own=None):
     return policy
 
 
-def market(slope=0.1, own=None, **settings):
-    game = CalibrationGame(SP500, 100, **settings)
+def market(slope=0.1, own=None, surface=SP500, **settings):
+    game = CalibrationGame(surface, 100, **settings)
     return marlvol.export_market(game, policy_of(game, slope, own))
 
 
@@ -40,6 +40,10 @@ MARKETS = {
     "normal": {"action_map": "normal", "own": (0.5,)},
     "stochastic": {"action_map": "stochastic", "state": "non-path-dependent", "own": (0.0, 0.0)},
     "exotic": {"task": "exotic", "state": "path-dependent"},
+    "slv": {
+        "surface": smiles.SURFACES["heston"], "task": "slv", "state": "non-path-dependent", "action_map": "stochastic",
+        "own": (-0.3, -0.7),
+    },
 }
 
 

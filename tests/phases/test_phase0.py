@@ -23,7 +23,11 @@ from envs.run.files import read_metrics
 PHASE = PHASES["phase0"]
 FILES = {"args.json", "metrics.csv", "checkpoint.pt", "benchmark.json", "benchmark.md", "learning_curve.png"}
 FILES |= {"origin.json", "report.html"}
-FIGURES = {"local-vol": {"smiles.png", "local_volatility.png"}, "exotic": {"learnt_dependence.png", "vanillas.png"}}
+FIGURES = {
+    "local-vol": {"smiles.png", "local_volatility.png"},
+    "exotic": {"learnt_dependence.png", "vanillas.png"},
+    "slv": {"forward_smiles.png", "vanillas.png"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,8 @@ def main(tmp_path, monkeypatch):
         {"reward": "difference", "basis_players": False, "baseline": "critic"},
         {"action_map": "normal", "smile": "sp500-2024", "num_steps": 30},
         {"action_map": "stochastic", "state": "non-path-dependent", "num_basis": 5},
+        {"state": "non-path-dependent", "interpolation": "linear", "state_std": True},
+        {"task": "slv", "smile": "heston", "neighbours": 3},
         {"task": "exotic"},
         {"task": "exotic", "state": "local"},
         {"task": "exotic", "state": "non-path-dependent", "reward": "difference", "regression": "polynomial"},
@@ -142,17 +148,37 @@ def test_weight_of_the_kl_penalty_follows_the_divergence(monkeypatch):
         assert agent.kl_coef.item() == pytest.approx(factor)
 
 
-def test_basis_players_are_interpolated():
-    basis = torch.tensor([[0.0, 2.0, 1.0]])
-    noise = torch.tensor([[[1.0], [3.0], [-1.0]]])
-    points = torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.75, 2.0, 9.0])
-    linear = phase0.interpolate_linear(basis, noise, points[None])[0, :, 0]
-    assert linear.tolist() == [1.0, 1.0, 0.0, -1.0, 2.0, 3.0, 3.0]
-    nearest = phase0.interpolate_nearest(basis[..., None], noise, points[None, :, None])[0, :, 0]
-    assert nearest.tolist() == [1.0, 1.0, nearest[2].item(), -1.0, 3.0, 3.0, 3.0]
+def test_exploration_comes_in_pairs():
     pairs = phase0.sample_noise(phase0.Args(num_runs=4), (3, 2), torch.Generator().manual_seed(0))
     assert pairs.shape == (4, 3, 2)
     assert torch.equal(pairs[:2], -pairs[2:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "dimensions"),
+    [
+        ({"state": "local"}, 1),
+        ({"state": "non-path-dependent", "interpolation": "linear"}, 2),
+        ({"task": "exotic", "interpolation": "linear"}, 3),
+        ({"task": "exotic", "interpolation": "nearest", "neighbours": 3}, 4),
+    ],
+)
+def test_everyone_explores_as_the_basis_players_around(settings, dimensions):
+    """Noise that is a smooth function of the state at the basis players is about the same function at all others."""
+    args = phase0.Args(reference="none", num_players=2000, num_basis=200, num_runs=2, **settings)
+    args.fill()
+    args.check()
+    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
+    game.reset(torch.Generator().manual_seed(0))
+    for _ in range(30):
+        game.step(0.3 * torch.randn(3, 2000, 1, generator=torch.Generator().manual_seed(game.t)))
+    points = game.state.log_spot[:2, :, None] / 0.03 if dimensions == 1 else game.observe()[:2, :, 1:]
+    values = points.clamp(-2, 2).sum(-1, keepdim=True)
+    players = torch.arange(0, 2000, 10)
+    found = phase0.spread_noise(game, args, players, values[:, players])
+    error = (found - values).square().mean() / values.var()
+    assert error < {1: 1e-3, 2: 0.02, 3: 0.08, 4: 0.2}[dimensions]
+    torch.testing.assert_close(found[:, players], values[:, players], atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -248,9 +274,9 @@ def test_preset_gives_way_to_other_flags(main):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "american"], "--task is 'american' (one of local-vol, exotic)"),
+        (["--task", "american"], "--task is 'american' (one of local-vol, exotic, slv)"),
         (["--state", "global"], "--state is 'global' (one of local, non-path-dependent, path-dependent)"),
-        (["--smile", "nowhere.csv"], "--smile is 'nowhere.csv' (one of sp500-2018, sp500-2018-slices, sp500-2024, or"),
+        (["--smile", "nowhere.csv"], "--smile is 'nowhere.csv' (one of sp500-2018, sp500-2018-slices, sp500-2024, h"),
         (["--num-steps", "20"], "--num-steps is 20 (at least 22, at most 504)"),
         (["--num-steps", "60"], "--num-steps is 60 (at least 22, at most 51, the last maturity)"),
         (["--num-runs", "1"], "--num-runs is 1 (at least 2 with --baseline runs)"),
@@ -266,7 +292,14 @@ def test_preset_gives_way_to_other_flags(main):
         (["--exploration-std", "0"], "--exploration-std is 0.0 (more than 0)"),
         (["--clip-coef", "2"], "--clip-coef is 2.0 (more than 0, at most 1)"),
         (["--eval-paths", "10"], "--eval-paths is 10 (at least 1000"),
-        (["--task", "exotic", "--interpolation", "linear"], "--interpolation linear needs --state local"),
+        (["--task", "exotic", "--act-before-t1", "--interpolation", "linear"], "--interpolation linear is for states"),
+        (["--neighbours", "2"], "--neighbours is for --interpolation nearest"),
+        (["--task", "exotic", "--neighbours", "99"], "--neighbours is 99 (at least 1, at most 60)"),
+        (["--task", "slv"], "--task slv needs --smile heston"),
+        (["--task", "slv", "--smile", "heston", "--state", "local"], "--task slv needs a --state with the last"),
+        (["--task", "slv", "--smile", "heston", "--reward", "difference"], "--task slv is for --reward shared"),
+        (["--heston", "0.04", "0.04", "4", "0.5", "0"], "--heston is for --smile heston"),
+        (["--smile", "heston", "--heston", "0.04", "0", "4", "0.5", "0"], "--heston has 0 (at least 0.0001, at most"),
         (["--action-map", "stochastic"], "--action-map stochastic needs a --state with the last volatility"),
         (["--beside", "runs/x"], "--beside is for --task exotic"),
         (["--strikes", "1.0"], "--strikes is for --task exotic"),
