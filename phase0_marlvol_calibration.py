@@ -36,7 +36,7 @@ from envs.calibration.regression import REGRESSIONS
 from envs.figures.calibration import calibration_report, exotic_report, slv_report
 from envs.market import smiles
 from envs.market.units import TRADING_DAYS
-from envs.models import SmileArgs, make_surface
+from envs.models import MOST_STEPS_PER_DAY, SmileArgs, make_surface
 from envs.run.args import CapturedRunArgs, check_choice, check_range
 from envs.run.errors import UsageError, check
 from envs.run.files import check_memory, peak_memory, read_metrics
@@ -124,6 +124,8 @@ class Args(SmileArgs, CapturedRunArgs):
     """price of the exotic for --objective target, in basis points of the spot"""
     act_before_t1: bool = False
     """players choose volatilities before the exotic's first day too; the exercise rule then knows the last one"""
+    steps_per_day: int = 1
+    """time steps of a trading day: 2 makes T = 102 half days of 51 days"""
     vega_weights: bool = False
     """weight the errors of implied volatilities by vega, instead of equally"""
 
@@ -243,6 +245,7 @@ class Args(SmileArgs, CapturedRunArgs):
                 unchanged = getattr(self, name) == getattr(Args, name)
                 check(unchanged, f"--{name.replace('_', '-')} is for --task exotic")
         check_range(self, 1000, 2**24, "eval_paths")
+        check_range(self, 1, MOST_STEPS_PER_DAY, "steps_per_day")
         if self.beside is not None:
             check(self.task == "exotic", "--beside is for --task exotic")
             curve = read_metrics(Path(self.beside) / "metrics.csv")
@@ -291,7 +294,7 @@ class Args(SmileArgs, CapturedRunArgs):
 
 def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> CalibrationGame:
     """The game to train in: the runs that explore, and one that follows the mean policy."""
-    num_steps = args.num_steps or min(51, last_day(surface))
+    num_steps = (args.num_steps or min(51, last_day(surface))) * args.steps_per_day
     if args.evaluate is None:  # paths, volatilities, shocks, and what is made of them on the way
         num_bytes = 4 * 4 * num_steps * args.num_players * (args.num_runs + 1)
         check_memory(num_bytes, device, f"--num-players {args.num_players} --num-runs {args.num_runs}")
@@ -300,7 +303,7 @@ def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> Cali
             surface, args.num_players, args.num_runs + 1, num_steps, args.task, args.state, args.action_map,
             common=args.common_random_numbers, reference=args.reference, vega_weights=args.vega_weights,
             payoff=args.payoff, days=args.days, strikes=args.strikes, act_before_t1=args.act_before_t1,
-            regression=args.regression, device=device,
+            regression=args.regression, steps_per_day=args.steps_per_day, device=device,
         )  # fmt: skip
     except ValueError as error:
         name = str(error).split()[0]
@@ -484,8 +487,8 @@ def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
             # What a path is paid, and what its volatility does to the others' by the leverage, now and later
             to_go = slope * (paid + game.leverage_effects(paid).flip(0).cumsum(0).flip(0))
             return to_go[:, :num_runs].gather(2, basis[:, None].expand(-1, num_runs, -1))
-        prices = game.exotic_cashflows().mean(-1, keepdim=True)  # (T + 1, R, 1)
-        rewards = slope * prices[:, :num_runs].diff(dim=0)
+        prices = game.exotic_cashflows().mean(-1, keepdim=True)  # (days + 1, R, 1)
+        rewards = game.settled(slope * prices[:, :num_runs].diff(dim=0))
     to_go = rewards.flip(0).cumsum(0).flip(0)
     if shared:
         return to_go
@@ -589,7 +592,7 @@ def benchmark(run: Run, game: CalibrationGame, agent: Agent):
     """The mean policy on fresh paths beside local and constant volatility on the same: (result, its figures)."""
     args: Args = run.args
     settings = {"smile": args.smile, "task": args.task, "state": args.state, "action map": args.action_map}
-    settings |= {"reward": args.reward, "days": game.num_steps, **run.settings()}
+    settings |= {"reward": args.reward, "days": game.num_days, **run.settings()}
     if args.task == "exotic":
         settings |= {"payoff": args.payoff, "objective": args.objective, "target price (bp)": args.target_price}
     contest = {
@@ -608,7 +611,7 @@ def benchmark(run: Run, game: CalibrationGame, agent: Agent):
         figures = {"game": game, "result": result, "played": fits, "learnt": learnt, "beside": args.beside}
         return result, partial(exotic_report, **figures)
     result, fits = smile_benchmark(**contest)
-    market = Marlvol(export_market(game, agent.average_actor))
+    market = Marlvol(export_market(game, agent.average_actor), game.dt)
     return result, partial(calibration_report, game=game, result=result, played=fits, market=market)
 
 
@@ -616,7 +619,7 @@ def check_game(run: Run, surface: smiles.Surface) -> None:
     """Raises `UsageError` if an agent would be benchmarked in another game, or go on with another smile."""
     args = run.args
     if args.evaluate is not None:
-        for name in ("task", "state", "action_map", "act_before_t1"):
+        for name in ("task", "state", "action_map", "act_before_t1", "steps_per_day"):
             new, old = getattr(args, name), getattr(run.trained, name)
             check(new == old, f"--{name.replace('_', '-')} is {new}, but the agent was trained with {old}")
         check(type(run.steps) is int, f"{args.evaluate}: does not fit this script, it has no steps")

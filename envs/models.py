@@ -22,6 +22,7 @@ from envs.run.errors import UsageError, check
 from envs.run.files import load_checkpoint
 
 MOST_DAYS = 504  # trading days to the last maturity of a calibrated smile
+MOST_STEPS_PER_DAY = 8  # of the calibration game
 NAMES = ("gbm", "garch", "heston", "merton", "marlvol", "historical")
 
 
@@ -330,8 +331,11 @@ def _of_known_size(market) -> bool:
     """Whether a saved market has as many players, days and maturities as phase 0 makes: memory is taken for each."""
     try:
         game, surface = market["game"], market["surface"]
-        same = game.keys() == {"num_steps", "task", "state", "action_map"} and type(game["num_steps"]) is int
-        return same and game["num_steps"] <= MOST_DAYS and len(surface.get("maturities", [])) <= MOST_DAYS
+        per_day = game.get("steps_per_day", 1)  # a market of before says nothing of it
+        same = game.keys() | {"steps_per_day"} == {"num_steps", "steps_per_day", "task", "state", "action_map"}
+        whole = type(game["num_steps"]) is int and type(per_day) is int and 1 <= per_day <= MOST_STEPS_PER_DAY
+        few = game["num_steps"] <= MOST_DAYS * per_day and len(surface.get("maturities", [])) <= MOST_DAYS
+        return same and whole and few
     except (AttributeError, KeyError, TypeError):
         return False
 

@@ -14,7 +14,8 @@ max{(S_{t1} − k1)⁺, E_{t1}[(S_{t2} − k2)⁺]}. `slv`, stochastic local vol
 m (Gyöngy 1986; Guyon & Henry-Labordère 2012).
 
 Shapes: R runs side by side of n players each, (R, n). Under common random numbers all runs have the same Brownian
-increments and differ only by their players' actions. S₀ = 1, zero rates; time steps are trading days, δ = 1/252.
+increments and differ only by their players' actions. S₀ = 1, zero rates. A time step is a trading day, δ = 1/252 years,
+or a whole fraction of one; options start and expire at the end of a day.
 """
 
 import copy
@@ -39,7 +40,7 @@ ACTION_MAPS = {"direct": 1, "normal": 2, "stochastic": 3}  # name → size of an
 REFERENCES = ("local-vol", "black-scholes", "none")
 
 FIRST_DAY = 5  # first maturity; a lognormal step has no skew, so the first days cannot be fitted
-FIRST_JUDGED = 21  # first maturity of the benchmark; the last one is num_steps
+FIRST_JUDGED = 21  # first maturity of the benchmark; the last one is the last day
 STRIKES = torch.linspace(*CALIBRATED, 11, dtype=torch.float64)  # in standard deviations √w(0, t) from the money
 FIRST_DATE = 21  # t1 unless another is given: of the exotic, and what a path-dependent state remembers
 NODES = 161  # number of nodes of a grid of log-spots
@@ -67,13 +68,13 @@ class Grid:
     """Nodes on which functions of time and log-spot are tabulated, uniform in standard deviations.
 
     Attributes:
-        scale: (num_steps,) standard deviation √w(0, t) of the log-spot. Row t has that of day t + 1, as on day 0 all
+        scale: (num_steps,) standard deviation √w(0, t) of the log-spot. Row t has that of step t + 1, as at first all
             players are at S₀.
         log_spot: (num_steps, NODES) nodes, symmetric around 0.
     """
 
-    def __init__(self, surface: Surface, num_steps: int, device: torch.device | str = "cpu"):
-        t = torch.arange(1, num_steps + 1, dtype=torch.float64) * DT
+    def __init__(self, surface: Surface, num_steps: int, dt: float, device: torch.device | str = "cpu"):
+        t = torch.arange(1, num_steps + 1, dtype=torch.float64) * dt
         self.scale = surface(0.0, t).w.sqrt().to(device, torch.float32)
         self.log_spot = self.scale[:, None] * torch.linspace(-WIDTH, WIDTH, NODES, device=device)
 
@@ -122,13 +123,13 @@ class CalibrationGame:
     Args:
         surface: the market's smile.
         num_players, num_runs: n and R.
-        num_steps: T, trading days; the last maturity.
+        num_steps: T, to the last maturity: a trading day for every `steps_per_day` of them.
         task, state, action_map: one each of `TASKS`, `STATES` and `ACTION_MAPS`.
         common: all runs have the same Brownian increments.
         reference: one of `REFERENCES`, a control variate. This model is simulated on the same increments; its expected
             errors are known, so its sampling error can be subtracted. "none" for no correction.
         vega_weights: weight errors of implied volatility by vega instead of equally.
-        payoff, days, strikes: see `make_payoff`; days are (`FIRST_DATE`, num_steps) where None. The first day is t1.
+        payoff, days, strikes: see `make_payoff`; days are (`FIRST_DATE`, the last) where None. The first day is t1.
         act_before_t1: the players choose m from the first day on, not from t1 on only.
         regression: one of `REGRESSIONS`, for the exotic's continuation value in the rewards.
 
@@ -144,6 +145,8 @@ class CalibrationGame:
     continuation value at t1 depends on S_{t1} alone, else on the last m too.
 
     Attributes:
+        num_days, dt: trading days to the last maturity, and years of a step.
+        t1: step at which the exotic's first day ends.
         days, maturity: (days,) trading days and (days, 1) years of the maturities.
         strike, is_call, market_volatility, vega, weights: (days, strikes) of the options, all out of the money; vega in
             the currency of S₀ per vol point, weights of mean 1 over the strikes.
@@ -157,7 +160,7 @@ class CalibrationGame:
         constant_volatility: the one whose errors on the judged maturities have the least mean square.
 
     Raises:
-        ValueError: an unknown name, more steps than the smile has days, or no forward-start options in it for slv.
+        ValueError: an unknown name, more days than the smile has, or no forward-start options in it for slv.
     """
 
     def __init__(
@@ -177,6 +180,7 @@ class CalibrationGame:
         strikes: Sequence[float] | None = None,
         act_before_t1: bool = False,
         regression: str = "knots",
+        steps_per_day: int = 1,
         device: torch.device | str = "cpu",
     ):
         self.settings = {name: value for name, value in locals().items() if name != "self"}
@@ -190,23 +194,27 @@ class CalibrationGame:
             if self.settings[name] not in allowed:
                 raise ValueError(f"{name} is {self.settings[name]!r} (one of {', '.join(allowed)})")
         last = last_day(surface)
-        if not FIRST_JUDGED < num_steps <= last:
+        num_days = num_steps // steps_per_day
+        if not FIRST_JUDGED < num_days <= last:
             allowed = f"at least {FIRST_JUDGED + 1}, at most {last}, the last maturity"
-            raise ValueError(f"num_steps is {num_steps} ({allowed})")
+            raise ValueError(f"num_steps is {num_days} ({allowed})")
         self.surface = surface
         self.num_players = num_players
         self.num_runs = num_runs
         self.num_steps = num_steps
+        self.num_days = num_days
+        self.steps_per_day = steps_per_day
+        self.dt = DT / steps_per_day
         self.task = task
         self.state_kind = state
         self.action_map = action_map
         self.action_size = ACTION_MAPS[action_map]
         self.observation_size = {"local": 2, "non-path-dependent": 3, "path-dependent": 5}[state]
-        self.payoff = make_payoff(payoff, surface, days or (FIRST_DATE, num_steps), strikes)
-        if self.payoff.days[-1] != num_steps:
-            raise ValueError(f"days ends with {self.payoff.days[-1]} (num_steps, {num_steps})")
-        self.t1 = self.payoff.days[0]
-        self.first_move = 0 if task != "exotic" or act_before_t1 else self.t1  # day of the first actions
+        self.payoff = make_payoff(payoff, surface, days or (FIRST_DATE, num_days), strikes)
+        if self.payoff.days[-1] != num_days:
+            raise ValueError(f"days ends with {self.payoff.days[-1]} (num_steps, {num_days})")
+        self.t1 = self.payoff.days[0] * steps_per_day
+        self.first_move = 0 if task != "exotic" or act_before_t1 else self.t1  # step of the first actions
         self.common = common
         self.reference = reference
         self.regression = regression
@@ -221,9 +229,9 @@ class CalibrationGame:
 
         On a daily grid this is more accurate than Dupire's in the middle of the step (0.090 to 0.096 vol points).
         """
-        self.grid = Grid(self.surface, self.num_steps, self.device)
-        self.reference_volatility = float(self.surface.implied_volatility(0.0, self.num_steps * DT))
-        times = (torch.arange(self.num_steps, dtype=torch.float64) * DT).clamp(min=1e-6)
+        self.grid = Grid(self.surface, self.num_steps, self.dt, self.device)
+        self.reference_volatility = float(self.surface.implied_volatility(0.0, self.num_days * DT))
+        times = (torch.arange(self.num_steps, dtype=torch.float64) * self.dt).clamp(min=1e-6)
         nodes = self.grid.log_spot.double().cpu()
         table = self.surface.local_volatility(nodes, times[:, None]).float()
         self.local_volatility = table.to(self.device)
@@ -234,7 +242,7 @@ class CalibrationGame:
 
     def _choose_options(self, vega_weights: bool) -> None:
         """The options whose prices are compared with the market's, and their weights."""
-        days = torch.arange(FIRST_DAY, self.num_steps + 1)
+        days = torch.arange(FIRST_DAY, self.num_days + 1)
         maturity = (days * DT)[:, None].double()
         log_strike = STRIKES * self.surface(0.0, maturity).w.sqrt()  # (days, strikes)
         self.days = days
@@ -252,7 +260,7 @@ class CalibrationGame:
 
     def _choose_forward_starts(self) -> None:
         """The forward-start options that are calibrated to: of three starts, the last one expires at the end."""
-        last = self.num_steps - FORWARD_TENOR
+        last = self.num_days - FORWARD_TENOR
         starts = sorted({max(1, round(last * i / 3)) for i in (1, 2, 3)})
         self.forward_days = [(start, start + FORWARD_TENOR) for start in starts]
         days = torch.tensor(self.forward_days, dtype=torch.float64) * DT
@@ -278,7 +286,7 @@ class CalibrationGame:
     def like(self, **changes) -> "CalibrationGame":
         """The same game with other settings."""
         game = CalibrationGame(**{**self.settings, **changes})
-        if not {"surface", "num_steps", "reference"} & set(changes):
+        if not {"surface", "num_steps", "steps_per_day", "reference"} & set(changes):
             game.reference_errors = self.reference_errors  # slow to compute
             if "task" not in changes and self.task == "slv":
                 game.reference_forward_errors = self.reference_forward_errors
@@ -378,7 +386,7 @@ class CalibrationGame:
         return self.features(self.t, self.state)
 
     def step(self, actions: Tensor) -> None:
-        """Turns the players' actions (R, n, size) into volatilities and moves the spots by a day."""
+        """Turns the players' actions (R, n, size) into volatilities and moves the spots by a step."""
         t = self.t
         chosen, following = self._map_actions(actions)
         if self.task == "local-vol":
@@ -411,7 +419,7 @@ class CalibrationGame:
         eta = 2.0 * a[1].clamp(-10, 2).exp()
         noise = rho * self.shocks[self.t] + (1.0 - rho**2).clamp(min=0).sqrt() * self.own_shocks[self.t]
         chosen = self.state.log_volatility
-        return chosen, chosen + 10.0 * a[0] * DT + eta * math.sqrt(DT) * noise
+        return chosen, chosen + 10.0 * a[0] * self.dt + eta * math.sqrt(self.dt) * noise
 
     @staticmethod
     def own_std(action: Tensor) -> Tensor:
@@ -440,10 +448,11 @@ class CalibrationGame:
         self.move(zero + math.log(self.constant_volatility), zero)
 
     def move(self, log_volatility: Tensor, following: Tensor) -> None:
-        """Moves the spots by a day at these volatilities (R, n), equation (5); `following` becomes the state's."""
+        """Moves the spots by a step at these volatilities (R, n), equation (5); `following` becomes the state's."""
         t = self.t
         volatility = log_volatility.exp()
-        change = volatility * (math.sqrt(DT) * self.shocks[t]) - (0.5 * DT) * volatility**2
+        dt = self.dt
+        change = volatility * (math.sqrt(dt) * self.shocks[t]) - (0.5 * dt) * volatility**2
         log_spot = self.state.log_spot + change
         self.t = t + 1
         if self.t <= self.t1:
@@ -456,7 +465,7 @@ class CalibrationGame:
         if self.reference != "none":
             x = self.reference_log_spots[-1]
             sigma = self._local(t, x) if self.reference == "local-vol" else self.constant_volatility
-            self.reference_log_spots.append(x + sigma * (math.sqrt(DT) * self.shocks[t]) - (0.5 * DT) * sigma**2)
+            self.reference_log_spots.append(x + sigma * (math.sqrt(dt) * self.shocks[t]) - (0.5 * dt) * sigma**2)
 
     # Prices and errors
 
@@ -464,7 +473,7 @@ class CalibrationGame:
         """Monte Carlo prices (R, days, strikes) of the out-of-the-money options, float64."""
         columns = []
         for day, options in self.options:
-            spot = log_spots[day].exp()
+            spot = log_spots[day * self.steps_per_day].exp()
             payoffs = (((spot - k) if call else (k - spot)).clamp_(min=0).mean(-1) for k, call in options)
             columns.append(torch.stack(list(payoffs), -1))
         return torch.stack(columns, 1).double()
@@ -492,7 +501,7 @@ class CalibrationGame:
         """Monte Carlo prices (R, starts, strikes) of the out-of-the-money forward-start options, float64."""
         rows = []
         for start, end, options in self.forward_options:
-            ratio = (log_spots[end] - log_spots[start]).exp()
+            ratio = (log_spots[end * self.steps_per_day] - log_spots[start * self.steps_per_day]).exp()
             payoffs = (((ratio - k) if call else (k - ratio)).clamp_(min=0).mean(-1) for k, call in options)
             rows.append(torch.stack(list(payoffs), -1))
         return torch.stack(rows, 1).double()
@@ -513,6 +522,12 @@ class CalibrationGame:
 
     # Rewards. They telescope (8), so a reward-to-go contains nothing that was settled before.
 
+    def settled(self, rewards: Tensor) -> Tensor:
+        """Rewards of every day (num_days, …) → of every step (T, …): a day's is that of its last step."""
+        steps = torch.zeros(self.num_steps, *rewards.shape[1:], dtype=rewards.dtype, device=rewards.device)
+        steps[self.steps_per_day - 1 :: self.steps_per_day] = rewards
+        return steps
+
     def shared_rewards(self, errors: Tensor) -> Tensor:
         """The reward (R, T) that all players of a run share, vol points²: at every step minus the weighted mean square
         error of the options that expire at its end, equation (6).
@@ -520,12 +535,12 @@ class CalibrationGame:
         Args:
             errors: (R, days, strikes) of the vanillas; in the task slv (R, starts, strikes) of the forward starts.
         """
-        rewards = torch.zeros(len(errors), self.num_steps, device=errors.device, dtype=errors.dtype)
+        rewards = torch.zeros(self.num_days, len(errors), device=errors.device)
         if self.task == "slv":
-            rewards[:, [end - 1 for _, end in self.forward_days]] = -errors.square().mean(-1)
+            rewards[[end - 1 for _, end in self.forward_days]] = -errors.square().mean(-1).T.float()
         else:
-            rewards[:, FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1)
-        return rewards.float()
+            rewards[FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1).T.float()
+        return self.settled(rewards).T
 
     def difference_rewards(self, errors: Tensor, log_spots: Tensor) -> Tensor:
         """First-order effect of each path on the shared reward: −Σ_m 2ω_m/M (IV_m − c_m)/vega_m · payoff_m(S).
@@ -541,14 +556,14 @@ class CalibrationGame:
             (T, …) rewards of every step, vol points².
         """
         coefficient = (-2.0 * self.weights * errors / self.strike.shape[1] / self.vega).to(log_spots)
-        spot = log_spots[FIRST_DAY:].exp()
+        spot = log_spots[FIRST_DAY * self.steps_per_day :: self.steps_per_day].exp()
         shape = (-1,) + (1,) * (spot.dim() - 1)
         paid = torch.zeros_like(spot)
         for j in range(self.strike.shape[1]):
             strike = self.strike[:, j].to(spot).view(shape)
             sign = (2.0 * self.is_call[:, j].to(spot) - 1.0).view(shape)
             paid += coefficient[:, j].view(shape) * (sign * (spot - strike)).clamp_(min=0)
-        return torch.cat((torch.zeros_like(log_spots[1:FIRST_DAY]), paid))
+        return self.settled(torch.cat((torch.zeros_like(log_spots[1:FIRST_DAY]), paid)))
 
     # The exotic
 
@@ -556,7 +571,7 @@ class CalibrationGame:
     def exotic_unit(self) -> float:
         """Price of a vol point of the at-the-money option of the last maturity, in which errors of the exotic are."""
         one = torch.ones(())
-        return VOL_POINT * float(black_scholes.vega(one, one, self.num_steps * DT, self.reference_volatility * one))
+        return VOL_POINT * float(black_scholes.vega(one, one, self.num_days * DT, self.reference_volatility * one))
 
     @cached_property
     def reference_price(self) -> float:
@@ -581,8 +596,9 @@ class CalibrationGame:
         return local.exotic_paid().mean() - self.reference_price
 
     def exercises(self, t: int) -> list[Tensor]:
-        """What exercise pays (R, n) on each exercise day, on the paths stopped at t (see `Payoff`)."""
-        return [self.payoff.exercise(day, self.log_spots, t) for day in self.payoff.exercise_days]
+        """What exercise pays (R, n) on each exercise day, on the paths stopped at the end of day t (see `Payoff`)."""
+        path = self.log_spots[:: self.steps_per_day]
+        return [self.payoff.exercise(day, path, t) for day in self.payoff.exercise_days]
 
     def regressors(self) -> list[list[Tensor]]:
         """What the continuation value on each exercise day but the last depends on, (R, n) each; ln S first.
@@ -592,24 +608,26 @@ class CalibrationGame:
         """
         rows = []
         for day in self.payoff.exercise_days[:-1]:
-            row = [self.log_spots[day]]
-            if day > self.t1 and self.state_kind == "path-dependent":
+            t = day * self.steps_per_day
+            row = [self.log_spots[t]]
+            if t > self.t1 and self.state_kind == "path-dependent":
                 row.append(self.log_spots[self.t1])
-            elif day > self.first_move and self.state_kind != "local":
-                row.append(self.remembered[day - 1])
-            same = self.common and day <= self.first_move
+            elif t > self.first_move and self.state_kind != "local":
+                row.append(self.remembered[t - 1])
+            same = self.common and t <= self.first_move
             rows.append([x[: 1 if same else None] for x in row])
         return rows
 
     def exotic_cashflows(self) -> Tensor:
-        """The fake cashflow X̃_t (T + 1, R, n), equation (8), with the holder's best exercise; at the end the true one.
+        """The fake cashflow X̃_t of every day (num_days + 1, R, n), equation (8), with the holder's best exercise.
 
+        At the end it is the true one.
         Expectations are regressions within the sample (Longstaff & Schwartz 2001). On an exercise day the cashflow is
         the greater of exercise and expectation, X̃_t = max{(S_t1 − k1)⁺, E_t1[(S_t − k̃_t)⁺]} for the Bermudan.
         """
         regressions = [REGRESSIONS[self.regression](*row) for row in self.regressors()]
         cashflows = []
-        for t in range(self.num_steps + 1):
+        for t in range(self.num_days + 1):
             *exercises, worth = self.exercises(t)
             for k in reversed(range(len(exercises))):
                 # Until the exercise day nothing is known of what comes after it
@@ -620,7 +638,7 @@ class CalibrationGame:
 
     def exotic_paid(self) -> Tensor:
         """Cashflow (R, n) of each path, exercised by the regression; its mean is the price."""
-        *exercises, paid = self.exercises(self.num_steps)
+        *exercises, paid = self.exercises(self.num_days)
         regressors = self.regressors()
         for k in reversed(range(len(exercises))):
             continuation = REGRESSIONS[self.regression](*regressors[k])(paid)
@@ -641,7 +659,7 @@ class CalibrationGame:
             log_spot = self.log_spots[t]
             surprise = paid - self.grid.lookup(self.grid.conditional_mean(paid, t, log_spot), t, log_spot)
             z = self.shocks[t]
-            score = z**2 - 1.0 - math.sqrt(DT) * self.log_volatilities[t].exp() * z
+            score = z**2 - 1.0 - math.sqrt(self.dt) * self.log_volatilities[t].exp() * z
             derivative = self.grid.lookup(self.grid.conditional_mean(surprise * score, t, log_spot), t, log_spot)
             # m²/E[m²|S] = σ²/σ_loc²
             excess = (2.0 * self.log_volatilities[t]).exp() / self._local(t, log_spot) ** 2 - 1.0
@@ -688,7 +706,7 @@ def sample(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Path
         prices.append(game.prices(game.log_spots)[0])
         if game.task == "slv":
             forward.append(game.forward_prices(game.log_spots)[0])
-        exercises.append(game.exercises(game.num_steps))
+        exercises.append(game.exercises(game.num_days))
         regressors.append(game.regressors())
     return Paths(
         torch.stack(prices),

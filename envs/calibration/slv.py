@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from envs.calibration.game import DT, VALIDATION_PATHS, CalibrationGame, Step, play
+from envs.calibration.game import VALIDATION_PATHS, CalibrationGame, Step, play
 from envs.run.seeds import BENCHMARK_SEED
 
 Tensor = torch.Tensor
@@ -45,12 +45,12 @@ def volatility_dynamics(game: CalibrationGame, step: Step) -> VolatilityDynamics
     change = change - change.mean(-1, keepdim=True)
     shock = alone.shocks[: len(change), 0].double()
     spread = change.square().mean().sqrt()
-    eta = spread / (DT * volatility.square().mean()).sqrt()
+    eta = spread / (alone.dt * volatility.square().mean()).sqrt()
     return VolatilityDynamics(float(eta), float((change * shock).mean() / spread))
 
 
 def heston_dynamics(game: CalibrationGame) -> VolatilityDynamics:
     """Of the model that the target prices are of."""
     model = game.surface.model
-    mean_variance = model.expected_average_variance(torch.tensor(model.initial_variance).double(), game.num_steps)
+    mean_variance = model.expected_average_variance(torch.tensor(model.initial_variance).double(), game.num_days)
     return VolatilityDynamics(0.5 * model.vol_of_vol / float(mean_variance.sqrt()), model.correlation)

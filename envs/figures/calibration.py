@@ -65,7 +65,7 @@ def continuum_of_smiles(path: Path, game: CalibrationGame, played: Mapping[str, 
 def _smile_panel(axis: Axes, game: CalibrationGame, played: Mapping[str, Calibration]) -> None:
     """Implied volatilities of six maturities: the market's as lines, the models' as marks."""
     maturities = game.days.tolist()
-    shown = sorted({day for day in (7, 14, 21, 30, 40, game.num_steps) if day <= game.num_steps})
+    shown = sorted({day for day in (7, 14, 21, 30, 40, game.num_days) if day <= game.num_days})
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(shown)))
     for day, colour in zip(shown, colours, strict=True):
         i = maturities.index(day)
@@ -101,13 +101,14 @@ def learnt_local_volatility(path: Path, market: Marlvol, title: str) -> None:
     """The learnt √E[σ_t²|S_t] beside Dupire's local volatility of the same smile, where 99 % of the paths are."""
     figure, axes = style.new()
     game = market.game
-    shown = [day for day in (5, 15, 30, game.num_steps - 1) if day < game.num_steps]
+    shown = [day for day in (5, 15, 30, game.num_days - 1) if day < game.num_days]
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(shown)))
     for day, colour in zip(shown, colours, strict=True):
-        log_spot = torch.linspace(-2.6, 2.0, 93) * game.grid.scale[day]
+        t = day * game.steps_per_day
+        log_spot = torch.linspace(-2.6, 2.0, 93) * game.grid.scale[t]
         spot = log_spot.exp()
-        learnt = 100 * market.typical_variance(torch.tensor(day * market.steps_per_day), spot).sqrt()
-        dupire = 100 * game.grid.lookup(game.local_volatility[day][None], day, log_spot[None])[0]
+        learnt = 100 * market.typical_variance(torch.tensor(t * market.substeps), spot).sqrt()
+        dupire = 100 * game.grid.lookup(game.local_volatility[t][None], t, log_spot[None])[0]
         axes.plot(spot, learnt, color=colour, label=f"day {day}")
         axes.plot(spot, dupire, "--", color=colour, linewidth=1)
     axes.plot([], [], "k-", label="learnt")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from envs.calibration.game import CalibrationGame, judged, play
+from envs.calibration.game import CalibrationGame, judged, play, sample
 from envs.market import smiles
 
 SP500 = smiles.SURFACES["sp500-2018"]
@@ -154,6 +154,41 @@ def test_localisation_keeps_the_vanillas_whatever_the_players_do():
     dupire = game.like(reference="none")
     play(dupire, CalibrationGame.step_dupire, 5)
     torch.testing.assert_close(unlocalised, torch.stack([x[0] for x in dupire.log_volatilities[: wild.t1]]))
+
+
+def test_half_days():
+    """102 steps to the same 51 days: rewards at the end of the days, and local volatility with less error."""
+    daily, halves = CalibrationGame(SP500, 2**16), CalibrationGame(SP500, 2**16, num_steps=102, steps_per_day=2)
+    assert (halves.num_days, halves.dt) == (51, 1 / 504)
+    assert torch.equal(daily.market_volatility, halves.market_volatility)
+    errors = []
+    for game in (daily, halves):
+        paths = sample(game, CalibrationGame.step_dupire, 2**18, 1)
+        errors.append(game.volatility_errors(paths.prices.mean(0)))
+    sizes = [float(judged(x).square().mean().sqrt()) for x in errors]
+    assert sizes[1] < 0.85 * sizes[0]
+    rewards = halves.shared_rewards(errors[1][None])
+    assert rewards.shape == (1, 102)
+    assert torch.equal(rewards[:, 1::2], daily.shared_rewards(errors[1][None]))
+    assert rewards[:, ::2].abs().max() == 0
+    own = halves.difference_rewards(errors[1], torch.stack(halves.log_spots))
+    ends = torch.stack(halves.log_spots[::2])
+    assert torch.equal(own[1::2], daily.difference_rewards(errors[1], ends))
+    assert own[::2].abs().max() == 0
+
+
+def test_half_days_of_the_exotic():
+    """Dates are days: players act from the end of day 21, step 42, on, and the Bermudan is worth about the same."""
+    game = CalibrationGame(SP500, 2**15, 1, 102, task="exotic", state="path-dependent", steps_per_day=2)
+    assert (game.t1, game.first_move, game.payoff.days) == (42, 42, (21, 51))
+    play(game, CalibrationGame.step_dupire, 4)
+    assert game.exotic_cashflows().shape == (52, 1, 2**15)
+    assert 1e4 * game.exotic_paid().mean().item() == pytest.approx(131, abs=3)
+    plain = game.errors()[0]
+    play(game, lambda game: game.step((10 * game.state.log_spot_t1 - 5 * game.state.log_spot)[..., None]), 4)
+    assert torch.equal(game.state.log_spot_t1, game.log_spots[42])
+    assert judged(game.errors()[0] - plain).square().mean().sqrt() < 0.06
+    assert game.leverage_effects(game.exotic_paid()).shape == (102, 1, 2**15)
 
 
 def test_too_many_days_for_the_smile():

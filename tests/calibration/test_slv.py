@@ -18,7 +18,7 @@ def game_of(num_players, **settings):
 
 
 def test_forward_starts_of_the_model_and_of_local_volatility():
-    """Heston's own dynamics have its forward smiles, but for the daily grid; local volatility has its vanillas alone."""
+    """Heston's own dynamics have its forward smiles, but for the daily grid; local volatility only its vanillas."""
     game = game_of(2**15)
     assert game.forward_days == [(10, 30), (21, 41), (31, 51)]
     sizes = {}

@@ -70,6 +70,7 @@ def main(tmp_path, monkeypatch):
         {"action_map": "stochastic", "state": "non-path-dependent", "num_basis": 5},
         {"state": "non-path-dependent", "interpolation": "linear", "state_std": True},
         {"task": "slv", "smile": "heston", "neighbours": 3},
+        {"task": "exotic", "steps_per_day": 2},
         {"task": "exotic"},
         {"task": "exotic", "state": "local"},
         {"task": "exotic", "state": "non-path-dependent", "reward": "difference", "regression": "polynomial"},
@@ -88,9 +89,10 @@ def test_smoke(main, changes, capsys):
     content = json.loads((folder / "benchmark.json").read_text())
     assert {"agent", "Dupire local volatility"} <= set(content["rows"])
     rows = read_metrics(folder / "metrics.csv")
-    steps = changes.get("num_steps", 40 if changes.get("smile") else 51) * 200 * 2
+    days = changes.get("num_steps", 40 if changes.get("smile") == "sp500-2024" else 51)
+    steps = days * changes.get("steps_per_day", 1) * 200 * 2
     assert [row["global_step"] for row in rows] == [0, 2 * steps, 4 * steps]
-    model = load_market(str(folder))  # a market for the other phases
+    model = load_market(str(folder), 1 / 504)  # a market for the other phases
     spot, _ = model.simulate(torch.zeros(2, 22, model.noise_size))
     assert spot.isfinite().all()
 
@@ -184,27 +186,29 @@ def test_everyone_explores_as_the_basis_players_around(settings, dimensions):
 @pytest.mark.parametrize("task", TASKS)
 def test_rollout_is_what_it_says(task):
     """Advantages add up to nothing over runs, the last run does not explore, and actions explain their noise."""
-    args = phase0.Args(task=task, reference="none", num_players=300, num_basis=20, num_runs=4)
+    smile = "heston" if task == "slv" else "sp500-2018"
+    args = phase0.Args(task=task, smile=smile, reference="none", num_players=300, num_basis=20, num_runs=4)
     args.fill()
-    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
+    game = phase0.make_game(args, smiles.SURFACES[smile], CPU)
     agent = phase0.Agent(game, args)
     played, step = [], game.step
     game.step = lambda actions: (played.append(actions.clone()), step(actions))
     batch = phase0.rollout(game, agent, args, torch.Generator().manual_seed(1))
-    steps = 51 if task == "local-vol" else 51 - FIRST_DATE
-    assert batch.actions.shape == (steps * 4 * 20, 1)
+    steps = 51 - FIRST_DATE if task == "exotic" else 51
+    size = game.action_size
+    assert batch.actions.shape == (steps * 4 * 20, size)
     assert batch.observations.isfinite().all()
     # what is learnt from is what was played
-    for t, (actions, recorded) in enumerate(zip(played[-steps:], batch.actions.view(steps, 4, 20), strict=True)):
+    for t, (actions, recorded) in enumerate(zip(played[-steps:], batch.actions.view(steps, 4, 20, size), strict=True)):
         assert all(torch.isin(recorded[b], actions[b]).all() for b in range(4)), t
     advantages = batch.advantages.view(steps, 4, 20)
     torch.testing.assert_close(advantages.mean(1), torch.zeros(steps, 20), atol=1e-4, rtol=0)
-    noise = ((batch.actions - batch.means) / args.exploration_std).view(steps, 4, 20)
+    noise = ((batch.actions - batch.means) / args.exploration_std).view(steps, 4, 20, size)
     torch.testing.assert_close(noise[:, :2], -noise[:, 2:], atol=2e-3, rtol=0)
     assert noise.std().item() == pytest.approx(1, abs=0.1)
     game.step = step
     alone = game.like(num_runs=1)
-    alone.start(game.shocks, None)
+    alone.start(game.shocks, game.own_shocks)
     for _ in range(51):
         agent.stepper(alone)(alone)
     torch.testing.assert_close(alone.log_spots[-1][0], game.log_spots[-1][-1], atol=1e-5, rtol=0)
@@ -293,6 +297,7 @@ def test_preset_gives_way_to_other_flags(main):
         (["--clip-coef", "2"], "--clip-coef is 2.0 (more than 0, at most 1)"),
         (["--eval-paths", "10"], "--eval-paths is 10 (at least 1000"),
         (["--task", "exotic", "--act-before-t1", "--interpolation", "linear"], "--interpolation linear is for states"),
+        (["--steps-per-day", "9"], "--steps-per-day is 9 (at least 1, at most 8)"),
         (["--neighbours", "2"], "--neighbours is for --interpolation nearest"),
         (["--task", "exotic", "--neighbours", "99"], "--neighbours is 99 (at least 1, at most 60)"),
         (["--task", "slv"], "--task slv needs --smile heston"),
