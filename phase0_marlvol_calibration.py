@@ -46,6 +46,7 @@ from envs.run.seeds import EXPLORATION_SEED
 
 Tensor = torch.Tensor
 PHASE = "phase0"  # a checkpoint is only loaded into the phase that wrote it
+DIVERGED = 100.0  # KL divergence of one update, 14 standard deviations of the exploration; --target-kl is 0.01
 QUICK = {"num_iterations": 40, "num_evaluations": 8, "eval_paths": 120_000}  # the flags that --quick sets
 PRESETS = {
     "default": {},
@@ -563,10 +564,12 @@ def train(run: Run, game: CalibrationGame) -> Agent:
 
     iterate = run.captured(iterate)
     steps = game.num_steps * args.num_runs * args.num_players * world_size()
+    largest_kl = torch.zeros((), device=run.device)  # of an update since the last evaluation
     for iteration in run.iterations(args.num_iterations, steps):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / args.num_iterations))
         losses = iterate()
+        largest_kl = torch.maximum(largest_kl, losses[2])
         # The first updates move fast, so the average begins with a short memory
         weight = max(args.average, 10 / (iteration + 9))
         for mean, new in zip(agent.average_actor.parameters(), agent.actor_mean.parameters(), strict=True):
@@ -578,6 +581,8 @@ def train(run: Run, game: CalibrationGame) -> Agent:
                 "losses/kl_coef": agent.kl_coef.item(),
             }
             run.check_finite(row, agent)
+            run.check_at_most(DIVERGED, {"losses/approx_kl": largest_kl.item()})
+            largest_kl.zero_()
             row |= validation(agent.stepper(game))
             # At the end the checkpoint has a market, for the other phases' --marlvol-checkpoint
             also = {"market": export_market(game, agent.average_actor)} if iteration == args.num_iterations else {}

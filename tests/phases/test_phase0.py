@@ -17,7 +17,7 @@ from envs.calibration.game import FIRST_DATE, TASKS
 from envs.market import smiles
 from envs.models import load_market
 from envs.run.args import parse_args
-from envs.run.errors import UsageError
+from envs.run.errors import DivergenceError, UsageError
 from envs.run.files import read_metrics
 
 PHASE = PHASES["phase0"]
@@ -113,6 +113,41 @@ def test_training_calibrates(reward, tmp_path):
     assert errors[-1] < 0.8 * errors[0]
 
 
+def learnt(tmp_path, iterations, **settings):
+    """First and last point of the learning curve of a few updates."""
+    fast = {
+        "reference": "none",
+        "num_players": 1000,
+        "num_runs": 4,
+        "hidden_size": 32,
+        "anneal_lr": False,
+        "average": 1.0,
+    }
+    length = {"num_iterations": iterations, "num_evaluations": 1}
+    args = phase0.Args(**fast, **length, reference="none", save_model=False, **settings)
+    args.fill()
+    args.check()
+    phase0.train(PHASE.run(args, tmp_path), phase0.make_game(args, smiles.SURFACES[args.smile], CPU))
+    return read_metrics(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize("reward", ["shared", "difference"])
+def test_training_makes_the_bermudan_cheaper(reward, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "VALIDATION_PATHS", 2**14)
+    first, last = (
+        1e4 * row["charts/exotic_price"] for row in learnt(tmp_path, 12, task="exotic", num_basis=30, reward=reward)
+    )
+    assert last < first - 1.2
+
+
+def test_training_fits_forward_starts(tmp_path, monkeypatch):
+    """The first steps from η = 2 and ρ = 0 to the model's 1.25 and −0.7."""
+    monkeypatch.setattr(judging, "VALIDATION_PATHS", 2**14)
+    rows = learnt(tmp_path, 12, task="slv", smile="heston", num_basis=8, exploration_std=0.5, target_kl=0.05)
+    assert rows[-1]["charts/forward_rmse"] < 0.9 * rows[0]["charts/forward_rmse"]
+    assert max(row["charts/rmse"] for row in rows) < 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "reward"), [("min", "difference"), ("max", "shared"), ("target", "difference")])
 def test_training_moves_the_exotic(objective, reward, tmp_path, monkeypatch):
@@ -148,6 +183,33 @@ def test_weight_of_the_kl_penalty_follows_the_divergence(monkeypatch):
         agent.kl_coef.fill_(1.0)
         phase0.update(agent, optimizer, batch, args, torch.Generator().manual_seed(0))
         assert agent.kl_coef.item() == pytest.approx(factor)
+
+
+def test_a_policy_that_jumps_away_has_diverged(main):
+    """Its parameters stay finite, but one update moves it by many standard deviations of its exploration."""
+    with pytest.raises(DivergenceError, match=r"losses/approx_kl was .* \(at most 100\) by step 40800; last good: "):
+        main(learning_rate=1e6)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_kl_penalty_holds_the_policy(held):
+    """With a learning rate that is too high an update goes far; the rule raises the weight until it goes less far."""
+    args = phase0.Args(
+        num_players=200, num_runs=4, num_basis=20, reference="none", hidden_size=16, learning_rate=0.05, clip_coef=1.0,
+        target_kl=0.01 if held else 1e9,
+    )  # fmt: skip
+    args.fill()
+    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
+    torch.manual_seed(0)
+    agent = phase0.Agent(game, args)
+    optimizer = torch.optim.Adam(agent.actor_mean.parameters(), lr=args.learning_rate)
+    generator = torch.Generator().manual_seed(0)
+    kl = []
+    for _ in range(16):
+        batch = phase0.rollout(game, agent, args, generator)
+        kl.append(phase0.update(agent, optimizer, batch, args, generator)[2].item())
+    late = sum(kl[6:]) / 10
+    assert 0.002 < late < 0.025 if held else late > 0.05
 
 
 def test_exploration_comes_in_pairs():
