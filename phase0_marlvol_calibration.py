@@ -474,9 +474,13 @@ def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
         explored = errors[:num_runs]
         if args.common_random_numbers and args.centre_errors:
             # Exploration raises everybody's variance on average, which is no error of the policy. So a run's error is
-            # that of the run without exploration, and what its own exploration adds beyond the average
-            explored = errors[-1] + explored - explored.mean(0)
-        rewards = game.shared_rewards(explored).T[..., None]
+            # that of the run without exploration, and what its own exploration adds beyond the average. The square of
+            # the latter is no error of the policy either: (e + d)² − d²
+            added = explored - explored.mean(0)
+            rewards = game.shared_rewards(errors[-1] + added) - game.shared_rewards(added)
+        else:
+            rewards = game.shared_rewards(explored)
+        rewards = rewards.T[..., None]
     elif errors is not None:
         # The run without exploration says where the policy's prices are off
         paths = torch.stack([x[:num_runs, basis.flatten()] for x in game.log_spots])

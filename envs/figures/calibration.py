@@ -1,6 +1,6 @@
 """Figures of calibration (phase 0)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -205,6 +205,24 @@ def forward_smiles(path: Path, game: CalibrationGame, forward: Mapping[str, Tens
         style.legend(axis)
     figure.suptitle(f"{title}: forward-start options")
     figure.tight_layout()
+    style.save(figure, path)
+
+
+def sensitivity(
+    path: Path, sizes: Sequence[float], curves: Mapping[str, Sequence[float]], labels: tuple[str, str], title: str
+) -> None:
+    """One or more measures (name → values) against a size that is varied, both on logarithmic axes.
+
+    Args:
+        labels: of the axes.
+    """
+    figure, axes = style.new()
+    for (name, values), colour in zip(curves.items(), (AGENT, BASELINE), strict=False):
+        axes.loglog(sizes, values, color=colour, marker="o", label=name)
+    axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    style.legend(axes)
     style.save(figure, path)
 
 

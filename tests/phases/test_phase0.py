@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from common import CPU, PHASES, ROOT
 
 import phase0_marlvol_calibration as phase0
 from envs.benchmark import calibration as judging
-from envs.calibration import exotic, marlvol
+from envs.calibration import exotic, marlvol, quotes
 from envs.calibration import game as simulation
 from envs.calibration.game import FIRST_DATE, TASKS
 from envs.market import smiles
@@ -294,6 +294,17 @@ def test_evaluate_repeats_the_benchmark_and_takes_another_smile(main):
         main("--beside", first, task="exotic")
     other = main("--evaluate", first, "--smile", "sp500-2024")
     assert json.loads((other / "benchmark.json").read_text())["settings"]["days"] == 40
+
+
+def test_the_example_of_quotes():
+    """benchmarks/steep_smile.csv is the default surface with ρ = −0.7, and free of arbitrage."""
+    surface, fits = quotes.load(str(ROOT / "benchmarks" / "steep_smile.csv"))
+    steep = replace(smiles.SURFACES["sp500-2018"], rho=-0.7)
+    for fit in fits:
+        k = smiles.moneyness_grid(steep, fit.maturity, torch.linspace(-2.5, 1.5, 9))
+        error = surface.implied_volatility(k, fit.maturity) - steep.implied_volatility(k, fit.maturity)
+        assert 100 * error.abs().max() < 0.03
+    assert [round(252 * fit.maturity) for fit in fits] == [5, 10, 15, 21, 30, 40, 51]
 
 
 def test_a_smile_of_ones_own(main, tmp_path, capsys):
