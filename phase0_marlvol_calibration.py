@@ -138,13 +138,13 @@ class Args(SmileArgs, CapturedRunArgs):
     default stochastic for slv, else direct"""
     reward: str = "shared"
     """shared (the paper's) or difference (each path's first-order effect on the shared error or price)"""
-    num_players: int = 5_000
-    """n, trajectories of a run; in antithetic pairs"""
-    num_runs: int = 10
-    """B, runs side by side that explore; one more follows the mean policy"""
+    num_players: int | None = None
+    """n, trajectories of a run, in antithetic pairs; by default 5,000, or 2,500 for slv"""
+    num_runs: int | None = None
+    """B, runs side by side that explore; one more follows the mean policy; by default 10, or 20 for slv"""
     num_basis: int | None = None
     """n_p, basis players drawn at every step: only they sample exploration and are learnt from; by default 20, or 60
-    for exotic and slv, whose states have more dimensions"""
+    for exotic, whose states have more dimensions"""
     basis_players: bool = True
     """interpolate the others' exploration from the basis players'; otherwise every player has its own"""
     interpolation: str | None = None
@@ -169,7 +169,8 @@ class Args(SmileArgs, CapturedRunArgs):
 
     # The algorithm
     num_iterations: int | None = None
-    """rollouts, each followed by an update; by default 1000, or 200 for exotic and slv, whose steps cost more"""
+    """rollouts, each followed by an update; by default 1000, or 200 for exotic and 250 for slv, whose steps cost
+    more"""
     learning_rate: float = 1e-2
     """learning rate of Adam"""
     anneal_lr: bool = True
@@ -183,20 +184,20 @@ class Args(SmileArgs, CapturedRunArgs):
     """minibatches an epoch"""
     clip_coef: float = 0.3
     """PPO's clipping of the probability ratio"""
-    target_kl: float = 0.01
-    """the KL penalty's weight is adapted to this divergence an update"""
+    target_kl: float | None = None
+    """the KL penalty's weight is adapted to this divergence an update; by default 0.01, or 0.03 for slv"""
     vf_coef: float = 0.5
     """weight of the value loss, where the critic is the baseline"""
     exploration_std: float | None = None
-    """standard deviation of the exploration, in units of the action (ln σ); by default 0.1, or 0.3 for exotic, slv"""
+    """standard deviation of the exploration, in units of the action (ln σ); by default 0.1, exotic 0.3, slv 0.5"""
     learn_std: bool = False
     """learn the exploration's standard deviation"""
     state_std: bool = False
     """learn it as a network of the state, the paper's π^σ(x)"""
     hidden_layers: int = 2
     """hidden layers of the networks"""
-    hidden_size: int = 64
-    """units of a hidden layer"""
+    hidden_size: int | None = None
+    """units of a hidden layer; by default 64, or 32 for slv"""
 
     # The benchmark
     eval_paths: int = 1_200_000
@@ -207,18 +208,21 @@ class Args(SmileArgs, CapturedRunArgs):
     def fill(self) -> None:
         """Fills in the flags whose defaults depend on another flag."""
         super().fill()
-        localised = self.task in ("exotic", "slv")
-        state = self.state or {"exotic": "path-dependent", "slv": "non-path-dependent"}.get(self.task, "local")
-        defaults = {
-            "state": state,
-            "action_map": "stochastic" if self.task == "slv" else "direct",
-            "interpolation": "linear" if state == "local" else "nearest",
-            "baseline": "runs" if self.common_random_numbers else "critic",
-            "num_basis": 60 if localised else 20,
-            "num_iterations": 200 if localised else 1000,
-            "exploration_std": 0.3 if localised else 0.1,
-        }
-        for name, value in defaults.items():
+        if self.task == "exotic":
+            defaults = {"state": "path-dependent", "num_basis": 60, "num_iterations": 200, "exploration_std": 0.3}
+        elif self.task == "slv":
+            # Its errors have few directions and much noise: more and smaller runs, which explore further
+            defaults = {"state": "non-path-dependent", "action_map": "stochastic", "num_players": 2500, "num_runs": 20}
+            defaults |= {"num_iterations": 250, "exploration_std": 0.5, "target_kl": 0.03, "hidden_size": 32}
+        else:
+            defaults = {}
+        state = self.state or defaults.get("state", "local")
+        common = {
+            "state": "local", "action_map": "direct", "num_players": 5000, "num_runs": 10, "num_basis": 20,
+            "interpolation": "linear" if state == "local" else "nearest", "num_iterations": 1000, "target_kl": 0.01,
+            "baseline": "runs" if self.common_random_numbers else "critic", "exploration_std": 0.1, "hidden_size": 64,
+        }  # fmt: skip
+        for name, value in {**common, **defaults}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 

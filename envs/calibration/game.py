@@ -137,7 +137,7 @@ class CalibrationGame:
 
     - direct, size 1: ln σ_t = a.
     - normal, size 2: ln σ_t ~ N(a₀, (e^{a₁}/10)²), the paper's mean and variance of ln σ_t.
-    - stochastic, size 3: ln σ_{t+1} = ln σ_t + μδ + ηρ√δ Z_t + η√(1−ρ²)√δ Z⊥_t (9), with μ = 10a₀, η = 2e^{a₁} and
+    - stochastic, size 3: ln σ_{t+1} = ln σ_t + μδ + ηρ√δ Z_t + η√(1−ρ²)√δ Z⊥_t (9), with μ = 3a₀, η = 2e^{a₁} and
       ρ = tanh a₂, annualised; σ starts at the local volatility.
 
     In the tasks exotic and slv the same maps give ln m, within ±`MAX_LOG_MULTIPLIER` (by tanh; the stochastic map is
@@ -419,7 +419,7 @@ class CalibrationGame:
         eta = 2.0 * a[1].clamp(-10, 2).exp()
         noise = rho * self.shocks[self.t] + (1.0 - rho**2).clamp(min=0).sqrt() * self.own_shocks[self.t]
         chosen = self.state.log_volatility
-        return chosen, chosen + 10.0 * a[0] * self.dt + eta * math.sqrt(self.dt) * noise
+        return chosen, chosen + 3.0 * a[0] * self.dt + eta * math.sqrt(self.dt) * noise
 
     @staticmethod
     def own_std(action: Tensor) -> Tensor:
@@ -537,7 +537,8 @@ class CalibrationGame:
         """
         rewards = torch.zeros(self.num_days, len(errors), device=errors.device)
         if self.task == "slv":
-            rewards[[end - 1 for _, end in self.forward_days]] = -errors.square().mean(-1).T.float()
+            for (_, end), squares in zip(self.forward_days, errors.square().mean(-1).T, strict=True):
+                rewards[end - 1] = -squares
         else:
             rewards[FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1).T.float()
         return self.settled(rewards).T

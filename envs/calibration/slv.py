@@ -21,7 +21,7 @@ def heston_step(game: CalibrationGame) -> None:
     drift = model.mean_reversion * (model.mean_variance - variance) - 0.5 * model.vol_of_vol**2
     eta = 0.5 * model.vol_of_vol / variance.sqrt()
     correlation = torch.full_like(variance, math.atanh(model.correlation))
-    game.step(torch.stack((drift / (2.0 * variance) / 10.0, (0.5 * eta).log(), correlation), -1))
+    game.step(torch.stack((drift / (2.0 * variance) / 3.0, (0.5 * eta).log(), correlation), -1))
 
 
 class VolatilityDynamics(NamedTuple):

@@ -66,7 +66,7 @@ def test_spots_are_martingales_and_actions_are_what_they_say(task, state, action
         change, returns = log_volatility.diff(dim=0), torch.stack(game.log_spots)[:, 0].diff(dim=0)[:-1]
         eta, rho = 2 * math.exp(0.3), math.tanh(-0.4)
         assert change.std().item() == pytest.approx(eta / 252**0.5, rel=0.01)
-        assert change.mean().item() == pytest.approx(10 * 0.5 / 252, abs=0.002)
+        assert change.mean().item() == pytest.approx(3 * 0.5 / 252, abs=0.002)
         shock = game.shocks[:-1, 0]
         assert torch.corrcoef(torch.stack((change.flatten(), shock.flatten())))[0, 1].item() == pytest.approx(
             rho, abs=0.01
