@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from envs.benchmark.calibration import BASIS_POINT, Validation, exotic_benchmark, smile_benchmark
+from envs.benchmark.calibration import BASIS_POINT, Validation, exotic_benchmark, slv_benchmark, smile_benchmark
+from envs.calibration import interpolation
 from envs.calibration.game import (
     ACTION_MAPS,
     FIRST_JUDGED,
@@ -32,10 +33,10 @@ from envs.calibration.game import (
 from envs.calibration.marlvol import Marlvol, export_market, layers_of, mean_actions, policy_step, policy_tables
 from envs.calibration.payoffs import PAYOFFS
 from envs.calibration.regression import REGRESSIONS
-from envs.figures.calibration import calibration_report, exotic_report
+from envs.figures.calibration import calibration_report, exotic_report, slv_report
 from envs.market import smiles
 from envs.market.units import TRADING_DAYS
-from envs.models import SmileArgs, make_surface
+from envs.models import MOST_STEPS_PER_DAY, SmileArgs, make_surface
 from envs.run.args import CapturedRunArgs, check_choice, check_range
 from envs.run.errors import UsageError, check
 from envs.run.files import check_memory, peak_memory, read_metrics
@@ -45,6 +46,7 @@ from envs.run.seeds import EXPLORATION_SEED
 
 Tensor = torch.Tensor
 PHASE = "phase0"  # a checkpoint is only loaded into the phase that wrote it
+DIVERGED = 100.0  # KL divergence of one update, 14 standard deviations of the exploration; --target-kl is 0.01
 QUICK = {"num_iterations": 40, "num_evaluations": 8, "eval_paths": 120_000}  # the flags that --quick sets
 PRESETS = {
     "default": {},
@@ -52,8 +54,8 @@ PRESETS = {
         "action_map": "normal", "num_players": 120_000, "num_runs": 10, "num_basis": 100,
         "common_random_numbers": False, "antithetic": False, "reference": "black-scholes", "regression": "polynomial",
         "learning_rate": 1e-4, "anneal_lr": False, "average": 1.0, "update_epochs": 30, "num_minibatches": 10,
-        "clip_coef": 0.3, "target_kl": 0.01, "exploration_std": 0.3, "learn_std": True, "hidden_layers": 3,
-        "hidden_size": 50,
+        "clip_coef": 0.3, "target_kl": 0.01, "exploration_std": 0.3, "learn_std": True, "state_std": True,
+        "hidden_layers": 3, "hidden_size": 50,
     },
 }  # fmt: skip
 
@@ -64,9 +66,10 @@ class Args(SmileArgs, CapturedRunArgs):
 
     Thousands of trajectories are players who share one policy for their volatilities and one reward, the error of the
     implied volatilities that their payoffs add up to. At the end the mean policy is priced on fresh paths beside
-    constant volatility and beside Dupire's local volatility on the same daily grid and the same paths. The other task
-    keeps the vanillas on the market and moves the price of an exotic: down, up, or to a target. Exit code 0: benchmark
-    passed; 1: failed; 2: bad input; 3: diverged; 130: Ctrl-C. Everything is written to runs/<run name>/.
+    constant volatility and beside Dupire's local volatility on the same daily grid and the same paths. The other tasks
+    keep the vanillas on the market, and move the price of an exotic (down, up, or to a target) or fit forward-start
+    options. Exit code 0: benchmark passed; 1: failed; 2: bad input; 3: diverged; 130: Ctrl-C. Everything is written to
+    runs/<run name>/.
 
     Commands to start from:
 
@@ -86,6 +89,10 @@ class Args(SmileArgs, CapturedRunArgs):
       python phase0_marlvol_calibration.py --task exotic --beside runs/NAME
       python phase0_marlvol_calibration.py --task exotic --payoff forward-start-call --days 21 51 --strikes 1.0
 
+    Stochastic local volatility: vanillas and forward-start options of a Heston model, whose parameters are known:
+
+      python phase0_marlvol_calibration.py --task slv --smile heston
+
     Then trade in the market that came out:
 
       python phase1_delta_hedge_ppo.py --dynamics marlvol --marlvol-checkpoint runs/NAME
@@ -102,7 +109,8 @@ class Args(SmileArgs, CapturedRunArgs):
 
     # The game
     task: str = "local-vol"
-    """local-vol: fit all strikes and maturities; exotic: move an exotic's price, with the vanillas on the market"""
+    """local-vol: fit all strikes and maturities; exotic: move an exotic's price, with the vanillas on the market; slv:
+    fit forward-start options, with the vanillas on the market"""
     payoff: str = "bermudan-call"
     """the exotic: bermudan-call, bermudan-put, forward-start-call, asian-call, up-and-out-call, variance-swap"""
     days: tuple[int, ...] | None = None
@@ -117,27 +125,33 @@ class Args(SmileArgs, CapturedRunArgs):
     """price of the exotic for --objective target, in basis points of the spot"""
     act_before_t1: bool = False
     """players choose volatilities before the exotic's first day too; the exercise rule then knows the last one"""
+    steps_per_day: int = 1
+    """time steps of a trading day: 2 makes T = 102 half days of 51 days"""
     vega_weights: bool = False
     """weight the errors of implied volatilities by vega, instead of equally"""
 
     state: str | None = None
-    """local: (t, S), the default; non-path-dependent: the last volatility too; path-dependent: both at t1 too, the
-    default of exotic"""
-    action_map: str = "direct"
-    """what actions are: direct (ln σ), normal (mean and variance of ln σ), stochastic (μ, η, ρ of ln σ's diffusion)"""
+    """local: (t, S), the default of local-vol; non-path-dependent: the last volatility too, the default of slv;
+    path-dependent: both at t1 too, the default of exotic"""
+    action_map: str | None = None
+    """what actions are: direct (ln σ), normal (mean and variance of ln σ), stochastic (μ, η, ρ of ln σ's diffusion); by
+    default stochastic for slv, else direct"""
     reward: str = "shared"
     """shared (the paper's) or difference (each path's first-order effect on the shared error or price)"""
-    num_players: int = 5_000
-    """n, trajectories of a run; in antithetic pairs"""
-    num_runs: int = 10
-    """B, runs side by side that explore; one more follows the mean policy"""
+    num_players: int | None = None
+    """n, trajectories of a run, in antithetic pairs; by default 5,000, or 2,500 for slv"""
+    num_runs: int | None = None
+    """B, runs side by side that explore; one more follows the mean policy; by default 10, or 20 for slv"""
     num_basis: int | None = None
     """n_p, basis players drawn at every step: only they sample exploration and are learnt from; by default 20, or 60
     for exotic, whose states have more dimensions"""
     basis_players: bool = True
     """interpolate the others' exploration from the basis players'; otherwise every player has its own"""
     interpolation: str | None = None
-    """linear (for the state local, and its default) or nearest (for the others)"""
+    """linear (between neighbours, or on Delaunay's simplices where a state has two or three dimensions; the default of
+    the state local) or nearest"""
+    neighbours: int = 1
+    """k of --interpolation nearest: the mean of the k nearest basis players, weighted by 1/distance"""
     common_random_numbers: bool = True
     """all runs have the same Brownian increments and basis players"""
     baseline: str | None = None
@@ -155,7 +169,8 @@ class Args(SmileArgs, CapturedRunArgs):
 
     # The algorithm
     num_iterations: int | None = None
-    """rollouts, each followed by an update; by default 1000, or 200 for exotic, whose steps cost more"""
+    """rollouts, each followed by an update; by default 1000, or 200 for exotic and 250 for slv, whose steps cost
+    more"""
     learning_rate: float = 1e-2
     """learning rate of Adam"""
     anneal_lr: bool = True
@@ -169,18 +184,20 @@ class Args(SmileArgs, CapturedRunArgs):
     """minibatches an epoch"""
     clip_coef: float = 0.3
     """PPO's clipping of the probability ratio"""
-    target_kl: float = 0.01
-    """the KL penalty's weight is adapted to this divergence an update"""
+    target_kl: float | None = None
+    """the KL penalty's weight is adapted to this divergence an update; by default 0.01, or 0.03 for slv"""
     vf_coef: float = 0.5
     """weight of the value loss, where the critic is the baseline"""
     exploration_std: float | None = None
-    """standard deviation of the exploration, in units of the action (ln σ); by default 0.1, or 0.3 for exotic"""
+    """standard deviation of the exploration, in units of the action (ln σ); by default 0.1, exotic 0.3, slv 0.5"""
     learn_std: bool = False
     """learn the exploration's standard deviation"""
+    state_std: bool = False
+    """learn it as a network of the state, the paper's π^σ(x)"""
     hidden_layers: int = 2
     """hidden layers of the networks"""
-    hidden_size: int = 64
-    """units of a hidden layer"""
+    hidden_size: int | None = None
+    """units of a hidden layer; by default 64, or 32 for slv"""
 
     # The benchmark
     eval_paths: int = 1_200_000
@@ -191,17 +208,21 @@ class Args(SmileArgs, CapturedRunArgs):
     def fill(self) -> None:
         """Fills in the flags whose defaults depend on another flag."""
         super().fill()
-        exotic = self.task == "exotic"
-        state = self.state or ("path-dependent" if exotic else "local")
-        defaults = {
-            "state": state,
-            "interpolation": "linear" if state == "local" else "nearest",
-            "baseline": "runs" if self.common_random_numbers else "critic",
-            "num_basis": 60 if exotic else 20,
-            "num_iterations": 200 if exotic else 1000,
-            "exploration_std": 0.3 if exotic else 0.1,
-        }
-        for name, value in defaults.items():
+        if self.task == "exotic":
+            defaults = {"state": "path-dependent", "num_basis": 60, "num_iterations": 200, "exploration_std": 0.3}
+        elif self.task == "slv":
+            # Its errors have few directions and much noise: more and smaller runs, which explore further
+            defaults = {"state": "non-path-dependent", "action_map": "stochastic", "num_players": 2500, "num_runs": 20}
+            defaults |= {"num_iterations": 250, "exploration_std": 0.5, "target_kl": 0.03, "hidden_size": 32}
+        else:
+            defaults = {}
+        state = self.state or defaults.get("state", "local")
+        common = {
+            "state": "local", "action_map": "direct", "num_players": 5000, "num_runs": 10, "num_basis": 20,
+            "interpolation": "linear" if state == "local" else "nearest", "num_iterations": 1000, "target_kl": 0.01,
+            "baseline": "runs" if self.common_random_numbers else "critic", "exploration_std": 0.1, "hidden_size": 64,
+        }  # fmt: skip
+        for name, value in {**common, **defaults}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
@@ -224,11 +245,12 @@ class Args(SmileArgs, CapturedRunArgs):
             check_range(self, 0, 1e4, "target_price", open_low=True)
         else:
             check(self.target_price is None, "--target-price is for --objective target")
-        if self.task == "local-vol":
+        if self.task != "exotic":
             for name in ("payoff", "strikes", "objective", "act_before_t1"):
                 unchanged = getattr(self, name) == getattr(Args, name)
                 check(unchanged, f"--{name.replace('_', '-')} is for --task exotic")
         check_range(self, 1000, 2**24, "eval_paths")
+        check_range(self, 1, MOST_STEPS_PER_DAY, "steps_per_day")
         if self.beside is not None:
             check(self.task == "exotic", "--beside is for --task exotic")
             curve = read_metrics(Path(self.beside) / "metrics.csv")
@@ -242,14 +264,23 @@ class Args(SmileArgs, CapturedRunArgs):
     def check_training(self) -> None:
         """Raises UsageError for the first flag of game or algorithm that cannot work."""
         check(self.task == "local-vol" or not self.vega_weights, "--vega-weights is for --task local-vol")
-        linear = self.interpolation == "linear"
-        check(not linear or self.state == "local", "--interpolation linear needs --state local (or nearest)")
-        known = self.task == "local-vol" or self.reward == "shared" or self.action_map != "stochastic"
+        # Without actions before t1 the last volatility at t1 is no dimension of its own
+        remembered = 1 if self.task == "exotic" and not self.act_before_t1 else 2
+        dimensions = {"local": 1, "non-path-dependent": 2, "path-dependent": 2 + remembered}
+        few = self.interpolation == "nearest" or dimensions[self.state] <= 3
+        check(few, "--interpolation linear is for states of three dimensions at most (or nearest)")
+        check(self.interpolation == "nearest" or self.neighbours == 1, "--neighbours is for --interpolation nearest")
+        known = self.task != "exotic" or self.reward == "shared" or self.action_map != "stochastic"
         check(known, "--reward difference of --task exotic is for --action-map direct or normal")
+        if self.task == "slv":
+            check(self.smile == "heston", "--task slv needs --smile heston, which has forward-start options")
+            check(self.state != "local", "--task slv needs a --state with the last volatility (non-path-dependent)")
+            check(self.reward == "shared", "--task slv is for --reward shared")
         walks = self.action_map != "stochastic" or self.state != "local"
         check(walks, "--action-map stochastic needs a --state with the last volatility (non-path-dependent)")
         check_range(self, 100, 2**22, "num_players")
         check_range(self, 2, self.num_players, "num_basis")
+        check_range(self, 1, self.num_basis, "neighbours")
         check_range(self, 1, 1024, "num_runs")
         same = self.common_random_numbers or self.baseline == "critic"
         check(same, "--baseline runs needs common random numbers")
@@ -268,7 +299,7 @@ class Args(SmileArgs, CapturedRunArgs):
 
 def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> CalibrationGame:
     """The game to train in: the runs that explore, and one that follows the mean policy."""
-    num_steps = args.num_steps or min(51, last_day(surface))
+    num_steps = (args.num_steps or min(51, last_day(surface))) * args.steps_per_day
     if args.evaluate is None:  # paths, volatilities, shocks, and what is made of them on the way
         num_bytes = 4 * 4 * num_steps * args.num_players * (args.num_runs + 1)
         check_memory(num_bytes, device, f"--num-players {args.num_players} --num-runs {args.num_runs}")
@@ -277,7 +308,7 @@ def make_game(args: Args, surface: smiles.Surface, device: torch.device) -> Cali
             surface, args.num_players, args.num_runs + 1, num_steps, args.task, args.state, args.action_map,
             common=args.common_random_numbers, reference=args.reference, vega_weights=args.vega_weights,
             payoff=args.payoff, days=args.days, strikes=args.strikes, act_before_t1=args.act_before_t1,
-            regression=args.regression, device=device,
+            regression=args.regression, steps_per_day=args.steps_per_day, device=device,
         )  # fmt: skip
     except ValueError as error:
         name = str(error).split()[0]
@@ -318,35 +349,34 @@ class Agent(nn.Module):
         self.critic = network(1, 1.0)
         logstd = torch.full((game.action_size,), math.log(args.exploration_std))
         self.actor_logstd = nn.Parameter(logstd, requires_grad=args.learn_std)
+        self.actor_logstd_change = network(game.action_size, 0.01) if args.state_std else None
         self.register_buffer("kl_coef", torch.tensor(1.0))  # weight of the KL penalty, adapted
 
-    def log_prob(self, mean: Tensor, actions: Tensor) -> Tensor:
-        """Up to a constant: mean and actions (m, size) → (m,)."""
-        return (-0.5 * ((actions - mean) * (-self.actor_logstd).exp()) ** 2 - self.actor_logstd).sum(-1)
+    def log_std(self, observations: Tensor) -> Tensor:
+        """ln π^σ of the exploration, (…, size), or (size,) where it does not depend on the state."""
+        if self.actor_logstd_change is None:
+            return self.actor_logstd
+        return self.actor_logstd + self.actor_logstd_change(observations).clamp(-2, 2)
 
     def stepper(self, game: CalibrationGame) -> Step:
         """The averaged mean policy as a step of this game or of one like it: what is benchmarked."""
         return policy_step(self.average_actor, policy_tables(game, self.average_actor) if game.is_local else None)
 
 
+def log_prob(mean: Tensor, logstd: Tensor, actions: Tensor) -> Tensor:
+    """Of a Gaussian, up to a constant: mean and actions (m, size) → (m,)."""
+    return (-0.5 * ((actions - mean) * (-logstd).exp()) ** 2 - logstd).sum(-1)
+
+
 # ALGO LOGIC: exploration by basis players
 
 
-def interpolate_linear(basis: Tensor, noise: Tensor, points: Tensor) -> Tensor:
-    """Noise (R, n_p, size) of basis players at positions (R, n_p), piecewise linear at points (R, m) → (R, m, size)."""
-    position, order = basis.sort(-1)
-    noise = noise.gather(1, order[..., None].expand_as(noise))
-    right = torch.searchsorted(position, points.contiguous()).clamp(1, basis.shape[1] - 1)
-    left_position, right_position = position.gather(1, right - 1), position.gather(1, right)
-    weight = ((points - left_position) / (right_position - left_position).clamp(min=1e-9)).clamp(0, 1)[..., None]
-    index = right[..., None].expand(-1, -1, noise.shape[-1])
-    return torch.lerp(noise.gather(1, index - 1), noise.gather(1, index), weight)
-
-
-def interpolate_nearest(basis: Tensor, noise: Tensor, points: Tensor) -> Tensor:
-    """Noise (R, n_p, size) of the basis player whose state (R, n_p, d) is nearest to each point (R, m, d)."""
-    nearest = torch.cdist(points, basis).argmin(-1)
-    return noise.gather(1, nearest[..., None].expand(-1, -1, noise.shape[-1]))
+def spread_noise(game: CalibrationGame, args: Args, players: Tensor, noise: Tensor) -> Tensor:
+    """Interpolates the noise (num_runs, num_basis, size) of the basis `players` to all (num_runs, n, size), (15)."""
+    points = (game.state.log_spot[..., None] if game.is_local else game.observe()[..., 1:])[: args.num_runs]
+    if args.interpolation == "linear":
+        return interpolation.linear(points[:, players], noise, points)
+    return interpolation.nearest(points[:, players], noise, points, args.neighbours)
 
 
 def sample_noise(args: Args, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -378,7 +408,6 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
     """Plays all runs once, with the basis players' exploration, and estimates their advantages."""
     game.reset(generator)
     num_runs, n, size = args.num_runs, args.num_players, game.action_size
-    std = agent.actor_logstd.exp()
     first = game.first_move  # before, nobody has a choice
     # Every step has basis players of its own, the same in all runs
     lots = torch.rand(game.num_steps, n, generator=generator, device=game.device)
@@ -397,18 +426,17 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
         actions = mean_actions(game, agent.actor_mean, tables)
         if not args.basis_players:
             spread = sample_noise(args, (n, size), generator)
-        elif args.interpolation == "linear":
-            log_spot = game.state.log_spot[:num_runs]
-            spread = interpolate_linear(log_spot[:, players], noise, log_spot)
         else:
-            spread = interpolate_nearest(seen, noise, game.observe()[:num_runs])
-        actions[:num_runs] += std * spread
+            spread = spread_noise(game, args, players, noise)
+        everyone = game.observe()[:num_runs] if args.state_std else seen
+        actions[:num_runs] += agent.log_std(everyone).exp() * spread
         means = agent.actor_mean(seen)
-        chosen = means + std * noise
+        logstds = agent.log_std(seen)
+        chosen = means + logstds.exp() * noise
         actions[:num_runs, players] = chosen  # exactly
         game.step(actions)
-        steps.append((seen, chosen, means))
-    observations, actions, means = (torch.stack(column) for column in zip(*steps, strict=True))
+        steps.append((seen, chosen, means, logstds.expand_as(chosen)))
+    observations, actions, means, logstds = (torch.stack(column) for column in zip(*steps, strict=True))
     returns = rewards_to_go(game, args, basis)[first:].expand(*observations.shape[:3])
     # The scale of rewards-to-go differs by orders of magnitude between the first day and the last
     returns = (returns - returns.mean((1, 2), keepdim=True)) / (returns.std((1, 2), keepdim=True) + 1e-12)
@@ -421,8 +449,7 @@ def rollout(game: CalibrationGame, agent: Agent, args: Args, generator: torch.Ge
     else:
         advantages = returns - agent.critic(observations)[..., 0]
     advantages = advantages / (advantages.std((1, 2), keepdim=True) + 1e-12)
-    logstds = agent.actor_logstd.clone().expand_as(actions)
-    batch = (observations, actions, means, logstds, agent.log_prob(means, actions), advantages, returns)
+    batch = (observations, actions, means, logstds, log_prob(means, logstds, actions), advantages, returns)
     return Batch(*(x.flatten(0, 2) for x in batch))
 
 
@@ -445,15 +472,20 @@ def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
         basis: (T, num_basis) players.
     """
     num_runs, shared = args.num_runs, args.reward == "shared"
-    errors = game.errors() if game.task == "local-vol" else None  # (R, days, strikes), the mean policy's run last
-    if game.task == "local-vol" and shared:
+    # (R, rows, strikes), the mean policy's run last
+    errors = {"local-vol": game.errors, "slv": game.forward_errors, "exotic": lambda: None}[game.task]()
+    if errors is not None and shared:
         explored = errors[:num_runs]
         if args.common_random_numbers and args.centre_errors:
             # Exploration raises everybody's variance on average, which is no error of the policy. So a run's error is
-            # that of the run without exploration, and what its own exploration adds beyond the average
-            explored = errors[-1] + explored - explored.mean(0)
-        rewards = game.shared_rewards(explored).T[..., None]
-    elif game.task == "local-vol":
+            # that of the run without exploration, and what its own exploration adds beyond the average. The square of
+            # the latter is no error of the policy either: (e + d)² − d²
+            added = explored - explored.mean(0)
+            rewards = game.shared_rewards(errors[-1] + added) - game.shared_rewards(added)
+        else:
+            rewards = game.shared_rewards(explored)
+        rewards = rewards.T[..., None]
+    elif errors is not None:
         # The run without exploration says where the policy's prices are off
         paths = torch.stack([x[:num_runs, basis.flatten()] for x in game.log_spots])
         rewards = game.difference_rewards(errors[-1], paths)  # (T, num_runs, T · num_basis)
@@ -464,8 +496,8 @@ def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
             # What a path is paid, and what its volatility does to the others' by the leverage, now and later
             to_go = slope * (paid + game.leverage_effects(paid).flip(0).cumsum(0).flip(0))
             return to_go[:, :num_runs].gather(2, basis[:, None].expand(-1, num_runs, -1))
-        prices = game.exotic_cashflows().mean(-1, keepdim=True)  # (T + 1, R, 1)
-        rewards = slope * prices[:, :num_runs].diff(dim=0)
+        prices = game.exotic_cashflows().mean(-1, keepdim=True)  # (days + 1, R, 1)
+        rewards = game.settled(slope * prices[:, :num_runs].diff(dim=0))
     to_go = rewards.flip(0).cumsum(0).flip(0)
     if shared:
         return to_go
@@ -476,11 +508,12 @@ def rewards_to_go(game: CalibrationGame, args: Args, basis: Tensor) -> Tensor:
 def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of a minibatch, and its parts: policy loss, value loss, KL divergence, clipped fraction."""
     means = agent.actor_mean(batch.observations)
-    ratio = (agent.log_prob(means, batch.actions) - batch.logprobs).exp()
+    logstds = agent.log_std(batch.observations)
+    ratio = (log_prob(means, logstds, batch.actions) - batch.logprobs).exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages).mean()
     # (Validation would wait for the device.)
-    new = torch.distributions.Normal(means, agent.actor_logstd.exp(), validate_args=False)
+    new = torch.distributions.Normal(means, logstds.exp(), validate_args=False)
     old = torch.distributions.Normal(batch.means, batch.logstds.exp(), validate_args=False)
     kl = torch.distributions.kl_divergence(old, new).sum(-1).mean()
     value_loss = torch.zeros_like(kl)
@@ -539,10 +572,12 @@ def train(run: Run, game: CalibrationGame) -> Agent:
 
     iterate = run.captured(iterate)
     steps = game.num_steps * args.num_runs * args.num_players * world_size()
+    largest_kl = torch.zeros((), device=run.device)  # of an update since the last evaluation
     for iteration in run.iterations(args.num_iterations, steps):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - (iteration - 1) / args.num_iterations))
         losses = iterate()
+        largest_kl = torch.maximum(largest_kl, losses[2])
         # The first updates move fast, so the average begins with a short memory
         weight = max(args.average, 10 / (iteration + 9))
         for mean, new in zip(agent.average_actor.parameters(), agent.actor_mean.parameters(), strict=True):
@@ -554,6 +589,8 @@ def train(run: Run, game: CalibrationGame) -> Agent:
                 "losses/kl_coef": agent.kl_coef.item(),
             }
             run.check_finite(row, agent)
+            run.check_at_most(DIVERGED, {"losses/approx_kl": largest_kl.item()})
+            largest_kl.zero_()
             row |= validation(agent.stepper(game))
             # At the end the checkpoint has a market, for the other phases' --marlvol-checkpoint
             also = {"market": export_market(game, agent.average_actor)} if iteration == args.num_iterations else {}
@@ -568,7 +605,7 @@ def benchmark(run: Run, game: CalibrationGame, agent: Agent):
     """The mean policy on fresh paths beside local and constant volatility on the same: (result, its figures)."""
     args: Args = run.args
     settings = {"smile": args.smile, "task": args.task, "state": args.state, "action map": args.action_map}
-    settings |= {"reward": args.reward, "days": game.num_steps, **run.settings()}
+    settings |= {"reward": args.reward, "days": game.num_days, **run.settings()}
     if args.task == "exotic":
         settings |= {"payoff": args.payoff, "objective": args.objective, "target price (bp)": args.target_price}
     contest = {
@@ -578,13 +615,16 @@ def benchmark(run: Run, game: CalibrationGame, agent: Agent):
         "models": {"agent": agent.stepper(game)},
         "num_paths": args.eval_paths,
     }
+    if args.task == "slv":
+        result, fits, forward = slv_benchmark(**contest)
+        return result, partial(slv_report, game=game, result=result, played=fits, forward=forward)
     if args.task == "exotic":
         target = None if args.target_price is None else args.target_price * BASIS_POINT
         result, fits, learnt = exotic_benchmark(**contest, objective=args.objective, target_price=target)
         figures = {"game": game, "result": result, "played": fits, "learnt": learnt, "beside": args.beside}
         return result, partial(exotic_report, **figures)
     result, fits = smile_benchmark(**contest)
-    market = Marlvol(export_market(game, agent.average_actor))
+    market = Marlvol(export_market(game, agent.average_actor), game.dt)
     return result, partial(calibration_report, game=game, result=result, played=fits, market=market)
 
 
@@ -592,7 +632,7 @@ def check_game(run: Run, surface: smiles.Surface) -> None:
     """Raises `UsageError` if an agent would be benchmarked in another game, or go on with another smile."""
     args = run.args
     if args.evaluate is not None:
-        for name in ("task", "state", "action_map", "act_before_t1"):
+        for name in ("task", "state", "action_map", "act_before_t1", "steps_per_day"):
             new, old = getattr(args, name), getattr(run.trained, name)
             check(new == old, f"--{name.replace('_', '-')} is {new}, but the agent was trained with {old}")
         check(type(run.steps) is int, f"{args.evaluate}: does not fit this script, it has no steps")

@@ -95,6 +95,11 @@ EXPERIMENTS = (
     Experiment("phase0-memoryless", PHASE0, "--task exotic --state non-path-dependent --no-antithetic", 3),
     Experiment("phase0-bermudan", PHASE0, "--task exotic --beside {phase0-memoryless}", 3),
     Experiment("phase0-ablation", "benchmarks/marlvol_ablation.py", "--seconds 30 --seeds {seeds}", 15),
+    Experiment("phase0-csv", PHASE0, "--smile benchmarks/steep_smile.csv", 5, 1),
+    Experiment("phase0-max", PHASE0, "--task exotic --objective max", 5, 1),
+    Experiment("phase0-target", PHASE0, "--task exotic --objective target --target-price 119", 5, 1),
+    Experiment("phase0-slv", PHASE0, "--task slv --smile heston", 5),
+    Experiment("phase0-sensitivity", "benchmarks/marlvol_sensitivity.py", "--seed {seed}", 6),
     Experiment("phase0-in-1", PHASE1, IN_MARLVOL, 3),
     Experiment("phase0-in-2", PHASE2, IN_MARLVOL, 4, 1),
     Experiment("phase0-in-3", PHASE3, f"{IN_MARLVOL} --num-steps 50", 4, 1),
@@ -150,6 +155,7 @@ MV_BAND = "min-variance band, tuned"
 MV_WW = "min-variance Whalley–Wilmott, tuned"
 MV_KMK = "min-variance Kallsen–Muhle-Karbe, tuned"
 DUPIRE = "Dupire local volatility"
+HESTON = "Heston, in daily steps"
 GAP = f"shares[gap from {BS} to exact optimum closed]"
 EXPLOITED = "shares[best response, trained, gains (a lower bound)]"
 OFF_BEST = "numbers[edge within 3 % of the best response]"
@@ -181,6 +187,27 @@ BERMUDAN = (
 )
 MEMORYLESS = (
     ("non-path-dependent: switch value, vanilla RMSE", "{rows[agent][switch_value]:.3f}, {rows[agent][rmse]:.3f}"),
+)
+OBJECTIVES_HEADER = ("seed 1", "price, at least and at most (bp)", "way to the bound", "off the target (vol points)",
+                     "vanilla RMSE", "verdict")
+PRICES = "{rows[agent][price]:.2f}, {rows[agent][upper]:.2f}"
+OFF_TARGET = "{numbers[price within 0.02 vol points of the target]:+.4f}"
+VANILLAS = "{rows[agent][rmse]:.3f}"
+WAY = "{shares[way to the bound of all models]:.1%}"
+OBJECTIVES = (
+    ("max", "phase0-max", (PRICES, WAY, "–", VANILLAS, "{verdict}")),
+    ("target, 119 bp", "phase0-target", (PRICES, "–", OFF_TARGET, VANILLAS, "{verdict}")),
+)
+FORWARD = "{{rows[{0}][forward_rmse]:.3f}}, {{rows[{0}][forward_worst]:.3f}}"
+SLV = (
+    ("forward starts, RMSE and largest error: agent", FORWARD.format("agent")),
+    ("Dupire's local volatility", FORWARD.format(DUPIRE)),
+    ("the Heston model itself, in daily steps", FORWARD.format(HESTON)),
+    ("vanilla RMSE: agent; Dupire; Heston",
+     f"{{rows[agent][rmse]:.3f}}; {{rows[{DUPIRE}][rmse]:.3f}}; {{rows[{HESTON}][rmse]:.3f}}"),
+    ("η of σ: agent; Heston; true", f"{{rows[agent][eta]:.2f}}; {{rows[{HESTON}][eta]:.2f}}; 1.25"),
+    ("ρ of σ and S: agent; Heston; true", f"{{rows[agent][rho]:.2f}}; {{rows[{HESTON}][rho]:.2f}}; −0.70"),
+    ("verdict", "{verdict}"),
 )
 IN_MARLVOL_1 = (
     ("agent − Black–Scholes delta", over(BS)),
@@ -592,6 +619,12 @@ TABLES = (
     Table("phase0-bermudan", DOC0, ("phase0-bermudan", "phase0-memoryless"),
           by_seed(("phase0-bermudan", BERMUDAN), ("phase0-memoryless", MEMORYLESS)),
           {"learning_curve": "phase0_bermudan", "learnt_dependence": "phase0_learnt_dependence"}),
+    Table("phase0-csv", DOC0, ("phase0-csv",), by_seed(("phase0-csv", SMILE))),
+    Table("phase0-objectives", DOC0, ("phase0-max", "phase0-target"), by_experiment(OBJECTIVES_HEADER, OBJECTIVES)),
+    Table("phase0-slv", DOC0, ("phase0-slv",), by_seed(("phase0-slv", SLV)),
+          {"forward_smiles": "phase0_forward_smiles"}),
+    Table("phase0-sensitivity", DOC0, ("phase0-sensitivity",), pasted("phase0-sensitivity"),
+          {name: f"phase0_sensitivity_{name}" for name in ("num_players", "num_basis", "steps_per_day", "memory")}),
     Table("phase0-in-1", DOC0, ("phase0-in-1",), by_seed(("phase0-in-1", IN_MARLVOL_1))),
     Table("phase0-in-others", DOC0, ("phase0-in-2", "phase0-in-3", "phase0-in-4"),
           by_experiment(MARLVOL_HEADER, MARLVOL)),

@@ -22,6 +22,7 @@ from envs.run.errors import UsageError, check
 from envs.run.files import load_checkpoint
 
 MOST_DAYS = 504  # trading days to the last maturity of a calibrated smile
+MOST_STEPS_PER_DAY = 8  # of the calibration game
 NAMES = ("gbm", "garch", "heston", "merton", "marlvol", "historical")
 
 
@@ -186,7 +187,11 @@ class SmileArgs:
     """Flags of the option smile that phase 0 calibrates to."""
 
     smile: str = "sp500-2018"
-    """sp500-2018, sp500-2018-slices, sp500-2024, or a CSV: maturity (years), strike, implied_volatility (decimal)"""
+    """sp500-2018, sp500-2018-slices, sp500-2024, heston (a model's, with its forward-start options), or a CSV: maturity
+    (years), strike, implied_volatility (decimal)"""
+    heston: tuple[float, float, float, float, float] = (0.04, 0.04, 4.0, 0.5, -0.7)
+    """of --smile heston: variance at the start and in the long run, speed of mean reversion, volatility of variance,
+    correlation with the spot"""
     smile_spot: float = 1.0
     """spot (or forward) that the strikes of a CSV belong to"""
     allow_arbitrage: bool = False
@@ -200,6 +205,7 @@ class SmileArgs:
         check_range(self, 0, math.inf, "smile_spot", open_low=True)
         if self.num_steps is not None:
             check_range(self, FIRST_JUDGED + 1, MOST_DAYS, "num_steps")
+        check(self.smile == "heston" or self.heston == SmileArgs.heston, "--heston is for --smile heston")
         own = self.smile not in smiles.SURFACES
         check(own or self.smile_spot == 1.0, "--smile-spot is for a --smile from a CSV")
         check(own or not self.allow_arbitrage, "--allow-arbitrage is for a --smile from a CSV")
@@ -213,6 +219,8 @@ def make_surface(args: SmileArgs) -> tuple[smiles.Surface, list[quotes.Fit]]:
     """
     fits = []
     surface = smiles.SURFACES.get(args.smile)
+    if args.smile == "heston":
+        surface = make_heston_surface(args.heston)
     if surface is None:
         names = ", ".join(smiles.SURFACES)
         check(os.path.isfile(args.smile), f"--smile is {args.smile!r} (one of {names}, or a CSV file)")
@@ -225,6 +233,21 @@ def make_surface(args: SmileArgs) -> tuple[smiles.Surface, list[quotes.Fit]]:
     shortest = FIRST_JUDGED + 1
     check(last >= shortest, f"--smile is {args.smile}, which ends after {last} days (at least {shortest})")
     return surface, fits
+
+
+def make_heston_surface(parameters: tuple[float, ...]) -> smiles.HestonSurface:
+    """The smiles of Heston's model with these parameters, in the order of `HestonSurface`.
+
+    Raises:
+        UsageError: a parameter outside its range.
+    """
+    ranges = ((1e-4, 1), (1e-4, 1), (1e-3, 100), (1e-3, 3), (-1, 1))
+    for value, (low, high) in zip(parameters, ranges, strict=True):
+        check(low <= value <= high, f"--heston has {value:g} (at least {low:g}, at most {high:g})")
+    try:
+        return smiles.HestonSurface(*parameters)
+    except ValueError as error:
+        raise UsageError(f"--heston: {error}") from None
 
 
 def make_model(args: ModelArgs, dt: float = 1 / TRADING_DAYS) -> Dynamics:
@@ -308,8 +331,11 @@ def _of_known_size(market) -> bool:
     """Whether a saved market has as many players, days and maturities as phase 0 makes: memory is taken for each."""
     try:
         game, surface = market["game"], market["surface"]
-        same = game.keys() == {"num_steps", "task", "state", "action_map"} and type(game["num_steps"]) is int
-        return same and game["num_steps"] <= MOST_DAYS and len(surface.get("maturities", [])) <= MOST_DAYS
+        per_day = game.get("steps_per_day", 1)  # a market of before says nothing of it
+        same = game.keys() | {"steps_per_day"} == {"num_steps", "steps_per_day", "task", "state", "action_map"}
+        whole = type(game["num_steps"]) is int and type(per_day) is int and 1 <= per_day <= MOST_STEPS_PER_DAY
+        few = game["num_steps"] <= MOST_DAYS * per_day and len(surface.get("maturities", [])) <= MOST_DAYS
+        return same and whole and few
     except (AttributeError, KeyError, TypeError):
         return False
 

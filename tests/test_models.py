@@ -257,7 +257,8 @@ def test_markets_that_cannot_be_loaded(tmp_path):
     market = dupire_market()
     save_checkpoint(path, {**content, "market": market})
     assert models.load_market(str(path)).last_step == 51
-    for game in ({"num_runs": 10**7}, {"num_steps": 10**7}, {"num_steps": "51"}, {"task": ["local-vol"]}):
+    kinds = ({"num_runs": 10**7}, {"num_steps": 10**7}, {"num_steps": "51"}, {"task": ["local-vol"]})
+    for game in (*kinds, {"steps_per_day": 0}, {"steps_per_day": 10**6, "num_steps": 51 * 10**6}):
         save_checkpoint(path, {**content, "market": {**market, "game": {**market["game"], **game}}})
         with pytest.raises(ValueError, match="its market is of another kind"):
             models.load_market(str(path))

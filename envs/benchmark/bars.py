@@ -38,3 +38,7 @@ EXOTIC = {  # of phase 0's other task
     "off the target": 0.02,  # vol points
     "local, off local volatility's price": 0.05,  # vol points, with the state (t, S)
 }
+SLV = {  # of its third task, vol points
+    "largest forward-start error": 0.1,
+    "vanilla RMSE": 0.12,
+}

@@ -1,13 +1,13 @@
 """The benchmark of phase 0: a calibrated model on fresh paths, compared with local and constant volatility on them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from envs.benchmark.bars import EXOTIC, MIN_PATHS, SMILE
+from envs.benchmark.bars import EXOTIC, MIN_PATHS, SLV, SMILE
 from envs.benchmark.report import Z95, Benchmark, Estimate
 from envs.calibration.exotic import (
     Dependence,
@@ -29,11 +29,13 @@ from envs.calibration.game import (
     sample,
 )
 from envs.calibration.payoffs import DT, ForwardStartCall
+from envs.calibration.slv import VolatilityDynamics, heston_dynamics, heston_step, volatility_dynamics
 from envs.optimum import transport
 from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
 
 Tensor = torch.Tensor
 DUPIRE, CONSTANT = "Dupire local volatility", "constant volatility"
+HESTON = "Heston, in daily steps"  # the model that the task slv's target prices are of
 NUM_CHUNKS = 12  # of the paths, for the jackknife
 # Key in a model's row → title in the table
 CALIBRATION_COLUMNS = {
@@ -51,6 +53,14 @@ EXOTIC_COLUMNS = {
     "rmse": "vanilla RMSE",
     "worst": "max",
 }
+SLV_COLUMNS = {
+    "forward_rmse": "forward-start RMSE",
+    "forward_worst": "max",
+    "rmse": "vanilla RMSE",
+    "worst": "max, vanillas",
+    "eta": "η of σ",
+    "rho": "ρ of σ and S",
+}
 NUM_NODES = 81  # of the grid on which the bounds are computed
 
 
@@ -58,7 +68,7 @@ class Validation:
     """The points of the learning curve: a model on fixed paths, other ones than those of training and benchmark.
 
     Calling it with a `Step` gives the calibration error of the maturities that are judged; in the exotic task the price
-    too, and a Bermudan's switch value.
+    too, and a Bermudan's switch value; in the task slv the error of the forward-start options.
     """
 
     def __init__(self, game: CalibrationGame):
@@ -77,6 +87,10 @@ class Validation:
         metrics["charts/rmse"] = float(errors.square().mean().sqrt())
         if self.game.task == "local-vol":
             metrics["charts/max_error"] = float(errors.abs().max())
+        if self.game.task == "slv":
+            forward = self.game.forward_errors()[0]
+            metrics["charts/forward_rmse"] = float(forward.square().mean().sqrt())
+            metrics["charts/forward_max_error"] = float(forward.abs().max())
         return metrics
 
     def describe(self, metrics: Mapping[str, float]) -> str:
@@ -84,6 +98,8 @@ class Validation:
         error = f"RMSE {metrics['charts/rmse']:.3f} vol points"
         if self.game.task == "local-vol":
             return f"{error}, at most {metrics['charts/max_error']:.2f}"
+        if self.game.task == "slv":
+            return f"forward starts: RMSE {metrics['charts/forward_rmse']:.3f}; vanillas: {error}"
         return f"price {metrics['charts/exotic_price'] / BASIS_POINT:.2f} bp, {error}"
 
 
@@ -103,12 +119,12 @@ def benchmark_paths(game: CalibrationGame, step: Step, num_paths: int) -> Paths:
     return sample(alone, step, alone.num_players * NUM_CHUNKS, BENCHMARK_SEED)
 
 
-def calibrate(game: CalibrationGame, paths: Paths) -> Calibration:
-    """Errors of a model's prices on its paths."""
-    chunks = len(paths.prices)
-    total = paths.prices.sum(0)
-    without = game.volatility_errors((total - paths.prices) / (chunks - 1))
-    return Calibration(game.volatility_errors(total / chunks).cpu(), without.cpu())
+def calibrate(prices: Tensor, to_errors: Callable[[Tensor], Tensor]) -> Calibration:
+    """Errors of a model's prices (chunks, …), by the game's function of prices → errors."""
+    chunks = len(prices)
+    total = prices.sum(0)
+    without = to_errors((total - prices) / (chunks - 1))
+    return Calibration(to_errors(total / chunks).cpu(), without.cpu())
 
 
 def smile_benchmark(
@@ -123,7 +139,10 @@ def smile_benchmark(
     """
     models = {**models, DUPIRE: CalibrationGame.step_dupire, CONSTANT: CalibrationGame.step_constant}
     settings = {**settings, **_path_settings(num_paths)}
-    fits = {name: calibrate(game, benchmark_paths(game, step, num_paths)) for name, step in models.items()}
+    fits = {
+        name: calibrate(benchmark_paths(game, step, num_paths).prices, game.volatility_errors)
+        for name, step in models.items()
+    }
     return judge_smile(title, settings, fits), fits
 
 
@@ -155,6 +174,31 @@ def exotic_benchmark(
     learnt = learnt_dependence(game, models["agent"])
     result = judge_exotic(title, settings, game, played, learnt, objective, target_price)
     return result, {name: exotic.vanillas for name, exotic in played.items()}, learnt
+
+
+def slv_benchmark(
+    *, title: str, settings: Mapping, game: CalibrationGame, models: Mapping[str, Step], num_paths: int
+) -> tuple[Benchmark, dict[str, Calibration], dict[str, Tensor]]:
+    """Plays all models on the same fresh paths and judges how well "agent" fits the forward-start options.
+
+    Args:
+        settings: what the report says about the run; the paths and their seed are added.
+        models: by name, "agent" among them; local volatility, and the model that the prices are of, are added.
+        num_paths: rounded down to a multiple of `NUM_CHUNKS`.
+
+    Returns:
+        The verdict, and by model the errors of the vanillas and of the forward starts (starts, strikes), vol points.
+    """
+    models = {**models, DUPIRE: CalibrationGame.step_dupire, HESTON: heston_step}
+    settings = {**settings, **_path_settings(num_paths)}
+    fits, forward, dynamics = {}, {}, {}
+    for name, step in models.items():
+        paths = benchmark_paths(game, step, num_paths)
+        fits[name] = calibrate(paths.prices, game.volatility_errors)
+        forward[name] = calibrate(paths.forward_prices, game.forward_volatility_errors)
+        dynamics[name] = volatility_dynamics(game, step)
+    result = judge_slv(title, settings, game, fits, forward, dynamics)
+    return result, fits, {name: fit.errors for name, fit in forward.items()}
 
 
 def _path_settings(num_paths: int) -> dict[str, int]:
@@ -237,11 +281,12 @@ def price_exotic(game: CalibrationGame, step: Step, num_paths: int) -> PricedExo
     """Prices of the exotic and errors of the vanillas in a model, on the benchmark's paths."""
     paths = benchmark_paths(game, step, num_paths)
     value = value_exotic(paths)
+    vanillas = calibrate(paths.prices, game.volatility_errors)
     upper = value.price
     if is_bermudan(game):
         two = len(game.payoff.exercise_days) == 2
         upper = float(paths.exercises[0].double().mean()) + nested_gain(game, step) if two else math.nan
-    return PricedExotic(value.price, upper, value.floor, value.without, calibrate(game, paths))
+    return PricedExotic(value.price, upper, value.floor, value.without, vanillas)
 
 
 def price_bound(game: CalibrationGame, objective: str) -> float | None:
@@ -384,6 +429,59 @@ def _require_way(
     bar = EXOTIC["way to the bound"]
     if game.state_kind == "path-dependent" and objective == "min":
         result.require(f"{100 * bar:g} % of the way to the bound", least >= bar, f"at least {100 * least:.1f} %")
+
+
+# STOCHASTIC LOCAL VOLATILITY
+
+
+def judge_slv(
+    title: str,
+    settings: dict,
+    game: CalibrationGame,
+    vanillas: Mapping[str, Calibration],
+    forward: Mapping[str, Calibration],
+    dynamics: Mapping[str, VolatilityDynamics],
+) -> Benchmark:
+    """The verdict on a stochastic local volatility: the forward-start options and the vanillas are on the market.
+
+    Args:
+        settings: what the report says; `paths` is judged.
+        vanillas, forward, dynamics: by model, "agent" and `DUPIRE` among them.
+    """
+
+    def size(errors: Tensor) -> Tensor:
+        return errors.square().mean((-1, -2)).sqrt()
+
+    rows = {
+        name: {
+            "forward_rmse": float(size(fit.errors)),
+            "forward_worst": float(fit.errors.abs().max()),
+            **_row(vanillas[name].errors),
+            **dynamics[name]._asdict(),
+        }
+        for name, fit in forward.items()
+    }
+    mine = forward["agent"]
+    advantages = {
+        name: jackknife(size(fit.errors) - size(mine.errors), size(fit.without) - size(mine.without))
+        for name, fit in forward.items()
+        if name != "agent"
+    }
+    truth = heston_dynamics(game)
+    settings = {**settings, "true η, ρ": f"{truth.eta:.3f}, {truth.rho:.3f}", "bars": SLV}
+    result = Benchmark(
+        title, settings, rows, advantages, columns=SLV_COLUMNS, advantage_title="its forward RMSE − agent's [95 %]"
+    )
+    result.remarks.append(f"η and ρ of the model that the prices are of: {truth.eta:.3f}, {truth.rho:.3f}")
+    ours = rows["agent"]
+    result.require_advantage(DUPIRE)
+    bar = SLV["largest forward-start error"]
+    worst = ours["forward_worst"]
+    result.require(f"no forward-start error above {bar}", worst <= bar, f"{worst:.3f} vol points")
+    bar = SLV["vanilla RMSE"]
+    result.require(f"vanilla RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
+    _require_paths(result)
+    return result
 
 
 def _require_paths(result: Benchmark) -> None:

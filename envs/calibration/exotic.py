@@ -77,7 +77,7 @@ def switch_values(game: CalibrationGame, prices: Tensor) -> Tensor:
     """
     call = game.payoff.sign > 0
     strike = game.payoff.strikes[-1]
-    arguments = (torch.ones_like(prices), strike, game.num_steps * DT, torch.full_like(prices, call, dtype=torch.bool))
+    arguments = (torch.ones_like(prices), strike, game.num_days * DT, torch.full_like(prices, call, dtype=torch.bool))
     volatility = black_scholes.implied_volatility(prices, *arguments) / VOL_POINT
     return volatility[..., 0] - volatility[..., 1]
 
@@ -109,7 +109,7 @@ def nested_gain(game: CalibrationGame, step: Step) -> float:
     chosen = order[len(order) // NESTED_STATES // 2 :: len(order) // NESTED_STATES][:NESTED_STATES]
     log_spot = particles.log_spots[game.t1][0, chosen]
     memory = particles.remembered[game.t1 - 1][0, chosen]
-    exercise = game.payoff.exercise(game.t1, particles.log_spots, game.t1)[0].double()
+    exercise = particles.exercises(particles.num_days)[0][0].double()
     gains = []
     generator = torch.Generator(game.device).manual_seed(BENCHMARK_SEED)
     for start in range(0, NESTED_STATES, 32):  # 32 at a time, to save memory
@@ -138,7 +138,7 @@ def _continue(
     inner.log_spots = [log_spot] * (game.t1 + 1)
     for _ in range(game.t1, game.num_steps):
         step(inner)
-    paid = game.payoff.exercise(game.num_steps, inner.log_spots, game.num_steps).double()
+    paid = inner.exercises(inner.num_days)[-1].double()
     change = inner.log_spots[-1].double().exp() - log_spot.double().exp()
     estimates = []
     for fitted, priced in ((0, 1), (1, 0)):  # antithetic partners are both even or both odd

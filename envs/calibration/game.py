@@ -7,13 +7,15 @@ are the paper's). The simulation stores no computational graph, so its memory do
 
     ln S_{t+1} = ln S_t − ½ σ_t² δ + σ_t √δ Z_t                                                             (5)
 
-There are two tasks. `local-vol` fits the implied volatilities of all strikes and maturities. `exotic` moves the price
+There are three tasks. `local-vol` fits the implied volatilities of all strikes and maturities. `exotic` moves the price
 of an exotic while the vanillas keep their market prices; by default it is the Bermudan
-max{(S_{t1} − k1)⁺, E_{t1}[(S_{t2} − k2)⁺]}. Localisation keeps the vanillas: σ = σ_loc(t, S) m/√E[m²|S], where the
-players choose m (Gyöngy 1986; Guyon & Henry-Labordère 2012).
+max{(S_{t1} − k1)⁺, E_{t1}[(S_{t2} − k2)⁺]}. `slv`, stochastic local volatility, fits forward-start options
+(S_T/S_s − k)⁺, the vanillas kept as well. Localisation keeps them: σ = σ_loc(t, S) m/√E[m²|S], where the players choose
+m (Gyöngy 1986; Guyon & Henry-Labordère 2012).
 
 Shapes: R runs side by side of n players each, (R, n). Under common random numbers all runs have the same Brownian
-increments and differ only by their players' actions. S₀ = 1, zero rates; time steps are trading days, δ = 1/252.
+increments and differ only by their players' actions. S₀ = 1, zero rates. A time step is a trading day, δ = 1/252 years,
+or a whole fraction of one; options start and expire at the end of a day.
 """
 
 import copy
@@ -32,26 +34,28 @@ from envs.market.units import VOL_POINT
 from envs.run.seeds import REFERENCE_SEED
 
 Tensor = torch.Tensor
-TASKS = ("local-vol", "exotic")
+TASKS = ("local-vol", "exotic", "slv")
 STATES = ("local", "non-path-dependent", "path-dependent")
 ACTION_MAPS = {"direct": 1, "normal": 2, "stochastic": 3}  # name → size of an action
 REFERENCES = ("local-vol", "black-scholes", "none")
 
 FIRST_DAY = 5  # first maturity; a lognormal step has no skew, so the first days cannot be fitted
-FIRST_JUDGED = 21  # first maturity of the benchmark; the last one is num_steps
+FIRST_JUDGED = 21  # first maturity of the benchmark; the last one is the last day
 STRIKES = torch.linspace(*CALIBRATED, 11, dtype=torch.float64)  # in standard deviations √w(0, t) from the money
 FIRST_DATE = 21  # t1 unless another is given: of the exotic, and what a path-dependent state remembers
 NODES = 161  # number of nodes of a grid of log-spots
 WIDTH = 8.0  # half-width of a grid in standard deviations
 REFERENCE_PATHS = 2**21  # paths that measure the errors of daily local volatility
 VALIDATION_PATHS = 2**16
-MAX_LOG_MULTIPLIER = 1.0  # bound of |ln m| in the exotic task
+MAX_LOG_MULTIPLIER = {"exotic": 1.0, "slv": 3.0}  # task → bound of |ln m|
+FORWARD_TENOR = 20  # trading days from start to expiry of the forward-start options
+FORWARD_STRIKES = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)  # in standard deviations from the money
 
 
 class State(NamedTuple):
     """State of the players, (R, n) each: ln S and ln(σ/`reference_volatility`) of the last step, now and at t1.
 
-    In the exotic task ln m of the last step takes the place of the volatility.
+    Where m is localised, in the tasks exotic and slv, ln m of the last step takes the place of the volatility.
     """
 
     log_spot: Tensor
@@ -64,13 +68,13 @@ class Grid:
     """Nodes on which functions of time and log-spot are tabulated, uniform in standard deviations.
 
     Attributes:
-        scale: (num_steps,) standard deviation √w(0, t) of the log-spot. Row t has that of day t + 1, as on day 0 all
+        scale: (num_steps,) standard deviation √w(0, t) of the log-spot. Row t has that of step t + 1, as at first all
             players are at S₀.
         log_spot: (num_steps, NODES) nodes, symmetric around 0.
     """
 
-    def __init__(self, surface: Surface, num_steps: int, device: torch.device | str = "cpu"):
-        t = torch.arange(1, num_steps + 1, dtype=torch.float64) * DT
+    def __init__(self, surface: Surface, num_steps: int, dt: float, device: torch.device | str = "cpu"):
+        t = torch.arange(1, num_steps + 1, dtype=torch.float64) * dt
         self.scale = surface(0.0, t).w.sqrt().to(device, torch.float32)
         self.log_spot = self.scale[:, None] * torch.linspace(-WIDTH, WIDTH, NODES, device=device)
 
@@ -119,13 +123,13 @@ class CalibrationGame:
     Args:
         surface: the market's smile.
         num_players, num_runs: n and R.
-        num_steps: T, trading days; the last maturity.
+        num_steps: T, to the last maturity: a trading day for every `steps_per_day` of them.
         task, state, action_map: one each of `TASKS`, `STATES` and `ACTION_MAPS`.
         common: all runs have the same Brownian increments.
         reference: one of `REFERENCES`, a control variate. This model is simulated on the same increments; its expected
             errors are known, so its sampling error can be subtracted. "none" for no correction.
         vega_weights: weight errors of implied volatility by vega instead of equally.
-        payoff, days, strikes: see `make_payoff`; days are (`FIRST_DATE`, num_steps) where None. The first day is t1.
+        payoff, days, strikes: see `make_payoff`; days are (`FIRST_DATE`, the last) where None. The first day is t1.
         act_before_t1: the players choose m from the first day on, not from t1 on only.
         regression: one of `REGRESSIONS`, for the exotic's continuation value in the rewards.
 
@@ -133,25 +137,30 @@ class CalibrationGame:
 
     - direct, size 1: ln σ_t = a.
     - normal, size 2: ln σ_t ~ N(a₀, (e^{a₁}/10)²), the paper's mean and variance of ln σ_t.
-    - stochastic, size 3: ln σ_{t+1} = ln σ_t + μδ + ηρ√δ Z_t + η√(1−ρ²)√δ Z⊥_t (9), with μ = 10a₀, η = 2e^{a₁} and
-      ρ = tanh(a₂ − 1), annualised; σ starts at the local volatility.
+    - stochastic, size 3: ln σ_{t+1} = ln σ_t + μδ + ηρ√δ Z_t + η√(1−ρ²)√δ Z⊥_t (9), with μ = 3a₀, η = 2e^{a₁} and
+      ρ = tanh a₂, annualised; σ starts at the local volatility.
 
-    In the exotic task the same maps give ln m, within ±`MAX_LOG_MULTIPLIER` (by tanh; the stochastic map is clamped).
-    Unless `act_before_t1`, the model is plain local volatility before t1. Then the continuation value at t1 depends on
-    S_{t1} alone, else on the last m too.
+    In the tasks exotic and slv the same maps give ln m, within ±`MAX_LOG_MULTIPLIER` (by tanh; the stochastic map is
+    clamped). In the exotic task, unless `act_before_t1`, the model is plain local volatility before t1. Then the
+    continuation value at t1 depends on S_{t1} alone, else on the last m too.
 
     Attributes:
+        num_days, dt: trading days to the last maturity, and years of a step.
+        t1: step at which the exotic's first day ends.
         days, maturity: (days,) trading days and (days, 1) years of the maturities.
         strike, is_call, market_volatility, vega, weights: (days, strikes) of the options, all out of the money; vega in
             the currency of S₀ per vol point, weights of mean 1 over the strikes.
         options: [(day, [(strike, is_call), …]), …], the same options as numbers on the host.
+        forward_days: [(start, expiry), …] of the forward-start options, in the task slv alone, as are
+        forward_strike, forward_is_call, forward_volatility: (starts, strikes) of them, likewise out of the money;
+        forward_options: [(start, expiry, [(strike, is_call), …]), …], the same as numbers on the host.
         local_volatility: (num_steps, NODES) Dupire's σ of every step on the grid.
         leverage: (num_steps, NODES) of √E[m²|S], where it is known; None to estimate it from the players.
         reference_volatility: the market's, at the money at the last maturity.
         constant_volatility: the one whose errors on the judged maturities have the least mean square.
 
     Raises:
-        ValueError: an unknown name, or more steps than the smile has days.
+        ValueError: an unknown name, more days than the smile has, or no forward-start options in it for slv.
     """
 
     def __init__(
@@ -171,6 +180,7 @@ class CalibrationGame:
         strikes: Sequence[float] | None = None,
         act_before_t1: bool = False,
         regression: str = "knots",
+        steps_per_day: int = 1,
         device: torch.device | str = "cpu",
     ):
         self.settings = {name: value for name, value in locals().items() if name != "self"}
@@ -184,38 +194,44 @@ class CalibrationGame:
             if self.settings[name] not in allowed:
                 raise ValueError(f"{name} is {self.settings[name]!r} (one of {', '.join(allowed)})")
         last = last_day(surface)
-        if not FIRST_JUDGED < num_steps <= last:
+        num_days = num_steps // steps_per_day
+        if not FIRST_JUDGED < num_days <= last:
             allowed = f"at least {FIRST_JUDGED + 1}, at most {last}, the last maturity"
-            raise ValueError(f"num_steps is {num_steps} ({allowed})")
+            raise ValueError(f"num_steps is {num_days} ({allowed})")
         self.surface = surface
         self.num_players = num_players
         self.num_runs = num_runs
         self.num_steps = num_steps
+        self.num_days = num_days
+        self.steps_per_day = steps_per_day
+        self.dt = DT / steps_per_day
         self.task = task
         self.state_kind = state
         self.action_map = action_map
         self.action_size = ACTION_MAPS[action_map]
         self.observation_size = {"local": 2, "non-path-dependent": 3, "path-dependent": 5}[state]
-        self.payoff = make_payoff(payoff, surface, days or (FIRST_DATE, num_steps), strikes)
-        if self.payoff.days[-1] != num_steps:
-            raise ValueError(f"days ends with {self.payoff.days[-1]} (num_steps, {num_steps})")
-        self.t1 = self.payoff.days[0]
-        self.first_move = 0 if task == "local-vol" or act_before_t1 else self.t1  # day of the first actions
+        self.payoff = make_payoff(payoff, surface, days or (FIRST_DATE, num_days), strikes)
+        if self.payoff.days[-1] != num_days:
+            raise ValueError(f"days ends with {self.payoff.days[-1]} (num_steps, {num_days})")
+        self.t1 = self.payoff.days[0] * steps_per_day
+        self.first_move = 0 if task != "exotic" or act_before_t1 else self.t1  # step of the first actions
         self.common = common
         self.reference = reference
         self.regression = regression
         self.device = torch.device(device)
         self._tabulate_local_volatility()
         self._choose_options(vega_weights)
+        if task == "slv":
+            self._choose_forward_starts()
 
     def _tabulate_local_volatility(self) -> None:
         """Local volatility of each step: Dupire's at its start.
 
         On a daily grid this is more accurate than Dupire's in the middle of the step (0.090 to 0.096 vol points).
         """
-        self.grid = Grid(self.surface, self.num_steps, self.device)
-        self.reference_volatility = float(self.surface.implied_volatility(0.0, self.num_steps * DT))
-        times = (torch.arange(self.num_steps, dtype=torch.float64) * DT).clamp(min=1e-6)
+        self.grid = Grid(self.surface, self.num_steps, self.dt, self.device)
+        self.reference_volatility = float(self.surface.implied_volatility(0.0, self.num_days * DT))
+        times = (torch.arange(self.num_steps, dtype=torch.float64) * self.dt).clamp(min=1e-6)
         nodes = self.grid.log_spot.double().cpu()
         table = self.surface.local_volatility(nodes, times[:, None]).float()
         self.local_volatility = table.to(self.device)
@@ -226,7 +242,7 @@ class CalibrationGame:
 
     def _choose_options(self, vega_weights: bool) -> None:
         """The options whose prices are compared with the market's, and their weights."""
-        days = torch.arange(FIRST_DAY, self.num_steps + 1)
+        days = torch.arange(FIRST_DAY, self.num_days + 1)
         maturity = (days * DT)[:, None].double()
         log_strike = STRIKES * self.surface(0.0, maturity).w.sqrt()  # (days, strikes)
         self.days = days
@@ -242,6 +258,26 @@ class CalibrationGame:
         self.vega = vega.clamp(min=1e-7)  # smaller only on a smile with arbitrage
         self.weights = self.vega / self.vega.mean(-1, keepdim=True) if vega_weights else one
 
+    def _choose_forward_starts(self) -> None:
+        """The forward-start options that are calibrated to: of three starts, the last one expires at the end."""
+        last = self.num_days - FORWARD_TENOR
+        starts = sorted({max(1, round(last * i / 3)) for i in (1, 2, 3)})
+        self.forward_days = [(start, start + FORWARD_TENOR) for start in starts]
+        days = torch.tensor(self.forward_days, dtype=torch.float64) * DT
+        start, end = days[:, :1], days[:, 1:]
+        at_the_money = self.surface.forward_volatility(0.0, start, end)
+        log_strike = FORWARD_STRIKES * at_the_money * math.sqrt(FORWARD_TENOR * DT)
+        self.forward_strike = log_strike.exp().to(self.device)
+        self.forward_is_call = self.forward_strike >= 1.0
+        options = zip(self.forward_days, self.forward_strike.tolist(), self.forward_is_call.tolist(), strict=True)
+        self.forward_options = [(*days, list(zip(strikes, calls, strict=True))) for days, strikes, calls in options]
+        self.forward_volatility = self.surface.forward_volatility(log_strike, start, end).to(self.device)
+
+    @property
+    def localised(self) -> bool:
+        """Whether the players choose m, and localisation keeps the vanillas."""
+        return self.task != "local-vol"
+
     @property
     def is_local(self) -> bool:
         """Whether the state is (t, S) alone, so that a policy can be tabulated."""
@@ -250,8 +286,10 @@ class CalibrationGame:
     def like(self, **changes) -> "CalibrationGame":
         """The same game with other settings."""
         game = CalibrationGame(**{**self.settings, **changes})
-        if not {"surface", "num_steps", "reference"} & set(changes):
+        if not {"surface", "num_steps", "steps_per_day", "reference"} & set(changes):
             game.reference_errors = self.reference_errors  # slow to compute
+            if "task" not in changes and self.task == "slv":
+                game.reference_forward_errors = self.reference_forward_errors
             if "reference_price" in vars(self):
                 game.reference_price = self.reference_price
         return game
@@ -271,9 +309,24 @@ class CalibrationGame:
     def reference_errors(self) -> Tensor:
         """Expected errors (days, strikes) of the reference model, vol points; zero without one."""
         if self.reference == "local-vol":
-            return dupire_errors(self)
+            return self.volatility_errors(self.dupire_prices[0])
         known = self.constant_volatility if self.reference == "black-scholes" else self.market_volatility
         return (known - self.market_volatility) / VOL_POINT
+
+    @cached_property
+    def reference_forward_errors(self) -> Tensor:
+        """The same (starts, strikes) of the forward-start options."""
+        if self.reference == "local-vol":
+            return self.forward_volatility_errors(self.dupire_prices[1])
+        known = self.constant_volatility if self.reference == "black-scholes" else self.forward_volatility
+        return (known - self.forward_volatility) / VOL_POINT
+
+    @cached_property
+    def dupire_prices(self) -> tuple[Tensor, Tensor | None]:
+        """Prices of the options and of the forward-start options in daily local volatility, `REFERENCE_PATHS` paths."""
+        alone = self.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
+        paths = sample(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED)
+        return paths.prices.mean(0), None if paths.forward_prices is None else paths.forward_prices.mean(0)
 
     @cached_property
     def node_features(self) -> Tensor:
@@ -333,7 +386,7 @@ class CalibrationGame:
         return self.features(self.t, self.state)
 
     def step(self, actions: Tensor) -> None:
-        """Turns the players' actions (R, n, size) into volatilities and moves the spots by a day."""
+        """Turns the players' actions (R, n, size) into volatilities and moves the spots by a step."""
         t = self.t
         chosen, following = self._map_actions(actions)
         if self.task == "local-vol":
@@ -345,7 +398,7 @@ class CalibrationGame:
             log_volatility = self._local(t, self.state.log_spot).log()
             self.leverages.append(torch.ones_like(self.local_volatility[t]))
         else:
-            bound = MAX_LOG_MULTIPLIER
+            bound = MAX_LOG_MULTIPLIER[self.task]
             if self.action_map == "stochastic":
                 chosen = chosen.clamp(-bound, bound)
                 following = following.clamp(-bound, bound)
@@ -362,11 +415,11 @@ class CalibrationGame:
         if self.action_map == "normal":
             chosen = a[0] + self.own_std(a[1]) * self.own_shocks[self.t]
             return chosen, chosen
-        rho = torch.tanh(a[2] - 1.0)
+        rho = torch.tanh(a[2])
         eta = 2.0 * a[1].clamp(-10, 2).exp()
         noise = rho * self.shocks[self.t] + (1.0 - rho**2).clamp(min=0).sqrt() * self.own_shocks[self.t]
         chosen = self.state.log_volatility
-        return chosen, chosen + 10.0 * a[0] * DT + eta * math.sqrt(DT) * noise
+        return chosen, chosen + 3.0 * a[0] * self.dt + eta * math.sqrt(self.dt) * noise
 
     @staticmethod
     def own_std(action: Tensor) -> Tensor:
@@ -395,10 +448,11 @@ class CalibrationGame:
         self.move(zero + math.log(self.constant_volatility), zero)
 
     def move(self, log_volatility: Tensor, following: Tensor) -> None:
-        """Moves the spots by a day at these volatilities (R, n), equation (5); `following` becomes the state's."""
+        """Moves the spots by a step at these volatilities (R, n), equation (5); `following` becomes the state's."""
         t = self.t
         volatility = log_volatility.exp()
-        change = volatility * (math.sqrt(DT) * self.shocks[t]) - (0.5 * DT) * volatility**2
+        dt = self.dt
+        change = volatility * (math.sqrt(dt) * self.shocks[t]) - (0.5 * dt) * volatility**2
         log_spot = self.state.log_spot + change
         self.t = t + 1
         if self.t <= self.t1:
@@ -411,7 +465,7 @@ class CalibrationGame:
         if self.reference != "none":
             x = self.reference_log_spots[-1]
             sigma = self._local(t, x) if self.reference == "local-vol" else self.constant_volatility
-            self.reference_log_spots.append(x + sigma * (math.sqrt(DT) * self.shocks[t]) - (0.5 * DT) * sigma**2)
+            self.reference_log_spots.append(x + sigma * (math.sqrt(dt) * self.shocks[t]) - (0.5 * dt) * sigma**2)
 
     # Prices and errors
 
@@ -419,7 +473,7 @@ class CalibrationGame:
         """Monte Carlo prices (R, days, strikes) of the out-of-the-money options, float64."""
         columns = []
         for day, options in self.options:
-            spot = log_spots[day].exp()
+            spot = log_spots[day * self.steps_per_day].exp()
             payoffs = (((spot - k) if call else (k - spot)).clamp_(min=0).mean(-1) for k, call in options)
             columns.append(torch.stack(list(payoffs), -1))
         return torch.stack(columns, 1).double()
@@ -429,9 +483,7 @@ class CalibrationGame:
 
         A price of 0, which an option has when no path ends in the money, has volatility 0.
         """
-        arguments = (prices, torch.ones_like(self.strike), self.strike, self.maturity, self.is_call)
-        volatility = black_scholes.implied_volatility(*arguments, iterations=14)
-        return (volatility - self.market_volatility) / VOL_POINT
+        return _volatility_errors(prices, self.strike, self.maturity, self.is_call, self.market_volatility)
 
     def errors(self) -> Tensor:
         """Calibration errors (R, days, strikes) of the simulated paths, vol points, with the control variate.
@@ -445,14 +497,51 @@ class CalibrationGame:
         sampled = self.volatility_errors(self.prices(self.reference_log_spots))
         return errors - (sampled - self.reference_errors)
 
+    def forward_prices(self, log_spots: list[Tensor]) -> Tensor:
+        """Monte Carlo prices (R, starts, strikes) of the out-of-the-money forward-start options, float64."""
+        rows = []
+        for start, end, options in self.forward_options:
+            ratio = (log_spots[end * self.steps_per_day] - log_spots[start * self.steps_per_day]).exp()
+            payoffs = (((ratio - k) if call else (k - ratio)).clamp_(min=0).mean(-1) for k, call in options)
+            rows.append(torch.stack(list(payoffs), -1))
+        return torch.stack(rows, 1).double()
+
+    def forward_volatility_errors(self, prices: Tensor) -> Tensor:
+        """`volatility_errors` of the forward-start options, (…, starts, strikes)."""
+        strike = self.forward_strike
+        tenor = torch.full_like(strike, FORWARD_TENOR * DT)
+        return _volatility_errors(prices, strike, tenor, self.forward_is_call, self.forward_volatility)
+
+    def forward_errors(self) -> Tensor:
+        """`errors` of the forward-start options, (R, starts, strikes)."""
+        errors = self.forward_volatility_errors(self.forward_prices(self.log_spots))
+        if self.reference == "none":
+            return errors
+        sampled = self.forward_volatility_errors(self.forward_prices(self.reference_log_spots))
+        return errors - (sampled - self.reference_forward_errors)
+
     # Rewards. They telescope (8), so a reward-to-go contains nothing that was settled before.
+
+    def settled(self, rewards: Tensor) -> Tensor:
+        """Rewards of every day (num_days, …) → of every step (T, …): a day's is that of its last step."""
+        steps = torch.zeros(self.num_steps, *rewards.shape[1:], dtype=rewards.dtype, device=rewards.device)
+        steps[self.steps_per_day - 1 :: self.steps_per_day] = rewards
+        return steps
 
     def shared_rewards(self, errors: Tensor) -> Tensor:
         """The reward (R, T) that all players of a run share, vol points²: at every step minus the weighted mean square
-        error of the options that expire at its end, equation (6)."""
-        rewards = torch.zeros(len(errors), self.num_steps, device=errors.device, dtype=errors.dtype)
-        rewards[:, FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1)
-        return rewards.float()
+        error of the options that expire at its end, equation (6).
+
+        Args:
+            errors: (R, days, strikes) of the vanillas; in the task slv (R, starts, strikes) of the forward starts.
+        """
+        rewards = torch.zeros(self.num_days, len(errors), device=errors.device)
+        if self.task == "slv":
+            for (_, end), squares in zip(self.forward_days, errors.square().mean(-1).T, strict=True):
+                rewards[end - 1] = -squares
+        else:
+            rewards[FIRST_DAY - 1 :] = -(self.weights * errors.square()).mean(-1).T.float()
+        return self.settled(rewards).T
 
     def difference_rewards(self, errors: Tensor, log_spots: Tensor) -> Tensor:
         """First-order effect of each path on the shared reward: −Σ_m 2ω_m/M (IV_m − c_m)/vega_m · payoff_m(S).
@@ -468,14 +557,14 @@ class CalibrationGame:
             (T, …) rewards of every step, vol points².
         """
         coefficient = (-2.0 * self.weights * errors / self.strike.shape[1] / self.vega).to(log_spots)
-        spot = log_spots[FIRST_DAY:].exp()
+        spot = log_spots[FIRST_DAY * self.steps_per_day :: self.steps_per_day].exp()
         shape = (-1,) + (1,) * (spot.dim() - 1)
         paid = torch.zeros_like(spot)
         for j in range(self.strike.shape[1]):
             strike = self.strike[:, j].to(spot).view(shape)
             sign = (2.0 * self.is_call[:, j].to(spot) - 1.0).view(shape)
             paid += coefficient[:, j].view(shape) * (sign * (spot - strike)).clamp_(min=0)
-        return torch.cat((torch.zeros_like(log_spots[1:FIRST_DAY]), paid))
+        return self.settled(torch.cat((torch.zeros_like(log_spots[1:FIRST_DAY]), paid)))
 
     # The exotic
 
@@ -483,7 +572,7 @@ class CalibrationGame:
     def exotic_unit(self) -> float:
         """Price of a vol point of the at-the-money option of the last maturity, in which errors of the exotic are."""
         one = torch.ones(())
-        return VOL_POINT * float(black_scholes.vega(one, one, self.num_steps * DT, self.reference_volatility * one))
+        return VOL_POINT * float(black_scholes.vega(one, one, self.num_days * DT, self.reference_volatility * one))
 
     @cached_property
     def reference_price(self) -> float:
@@ -508,8 +597,9 @@ class CalibrationGame:
         return local.exotic_paid().mean() - self.reference_price
 
     def exercises(self, t: int) -> list[Tensor]:
-        """What exercise pays (R, n) on each exercise day, on the paths stopped at t (see `Payoff`)."""
-        return [self.payoff.exercise(day, self.log_spots, t) for day in self.payoff.exercise_days]
+        """What exercise pays (R, n) on each exercise day, on the paths stopped at the end of day t (see `Payoff`)."""
+        path = self.log_spots[:: self.steps_per_day]
+        return [self.payoff.exercise(day, path, t) for day in self.payoff.exercise_days]
 
     def regressors(self) -> list[list[Tensor]]:
         """What the continuation value on each exercise day but the last depends on, (R, n) each; ln S first.
@@ -519,24 +609,26 @@ class CalibrationGame:
         """
         rows = []
         for day in self.payoff.exercise_days[:-1]:
-            row = [self.log_spots[day]]
-            if day > self.t1 and self.state_kind == "path-dependent":
+            t = day * self.steps_per_day
+            row = [self.log_spots[t]]
+            if t > self.t1 and self.state_kind == "path-dependent":
                 row.append(self.log_spots[self.t1])
-            elif day > self.first_move and self.state_kind != "local":
-                row.append(self.remembered[day - 1])
-            same = self.common and day <= self.first_move
+            elif t > self.first_move and self.state_kind != "local":
+                row.append(self.remembered[t - 1])
+            same = self.common and t <= self.first_move
             rows.append([x[: 1 if same else None] for x in row])
         return rows
 
     def exotic_cashflows(self) -> Tensor:
-        """The fake cashflow X̃_t (T + 1, R, n), equation (8), with the holder's best exercise; at the end the true one.
+        """The fake cashflow X̃_t of every day (num_days + 1, R, n), equation (8), with the holder's best exercise.
 
+        At the end it is the true one.
         Expectations are regressions within the sample (Longstaff & Schwartz 2001). On an exercise day the cashflow is
         the greater of exercise and expectation, X̃_t = max{(S_t1 − k1)⁺, E_t1[(S_t − k̃_t)⁺]} for the Bermudan.
         """
         regressions = [REGRESSIONS[self.regression](*row) for row in self.regressors()]
         cashflows = []
-        for t in range(self.num_steps + 1):
+        for t in range(self.num_days + 1):
             *exercises, worth = self.exercises(t)
             for k in reversed(range(len(exercises))):
                 # Until the exercise day nothing is known of what comes after it
@@ -547,7 +639,7 @@ class CalibrationGame:
 
     def exotic_paid(self) -> Tensor:
         """Cashflow (R, n) of each path, exercised by the regression; its mean is the price."""
-        *exercises, paid = self.exercises(self.num_steps)
+        *exercises, paid = self.exercises(self.num_days)
         regressors = self.regressors()
         for k in reversed(range(len(exercises))):
             continuation = REGRESSIONS[self.regression](*regressors[k])(paid)
@@ -568,7 +660,7 @@ class CalibrationGame:
             log_spot = self.log_spots[t]
             surprise = paid - self.grid.lookup(self.grid.conditional_mean(paid, t, log_spot), t, log_spot)
             z = self.shocks[t]
-            score = z**2 - 1.0 - math.sqrt(DT) * self.log_volatilities[t].exp() * z
+            score = z**2 - 1.0 - math.sqrt(self.dt) * self.log_volatilities[t].exp() * z
             derivative = self.grid.lookup(self.grid.conditional_mean(surprise * score, t, log_spot), t, log_spot)
             # m²/E[m²|S] = σ²/σ_loc²
             excess = (2.0 * self.log_volatilities[t]).exp() / self._local(t, log_spot) ** 2 - 1.0
@@ -576,16 +668,15 @@ class CalibrationGame:
         return torch.stack(effects)
 
 
+def _volatility_errors(prices: Tensor, strike: Tensor, maturity: Tensor, is_call: Tensor, market: Tensor) -> Tensor:
+    """Implied volatilities of prices (…, rows, strikes) on a spot of 1, minus the market's, in vol points."""
+    arguments = (prices, torch.ones_like(strike), strike, maturity, is_call)
+    return (black_scholes.implied_volatility(*arguments, iterations=14) - market) / VOL_POINT
+
+
 def last_day(surface: Surface) -> int:
     """The last whole trading day of a surface; 51, the paper's, for one that does not end."""
     return int(surface.last_maturity / DT + 1e-6) if surface.last_maturity < math.inf else 51
-
-
-def dupire_errors(game: CalibrationGame) -> Tensor:
-    """Expected errors (days, strikes) of daily local volatility on the game's options, from `REFERENCE_PATHS` paths."""
-    alone = game.like(num_players=min(REFERENCE_PATHS, 2**17), num_runs=1, reference="none", common=True)
-    paths = sample(alone, CalibrationGame.step_dupire, REFERENCE_PATHS, REFERENCE_SEED)
-    return alone.volatility_errors(paths.prices.mean(0))
 
 
 Step = Callable[[CalibrationGame], None]  # a model: it makes one step of a game for all players
@@ -603,20 +694,24 @@ class Paths(NamedTuple):
     """Prices of the vanillas and the exotic's dates on fresh paths, in chunks of n = `num_players`."""
 
     prices: Tensor  # (chunks, days, strikes)
+    forward_prices: Tensor | None  # (chunks, starts, strikes), in the task slv
     exercises: list[Tensor]  # (chunks, n) what exercise pays, for each exercise day
     regressors: list[list[Tensor]]  # (chunks, n) each, for each exercise day but the last, see `regressors`
 
 
 def sample(game: CalibrationGame, step: Step, num_paths: int, seed: int) -> Paths:
     """Plays a model on `num_paths` fresh paths, `num_players` at a time."""
-    prices, exercises, regressors = [], [], []
+    prices, forward, exercises, regressors = [], [], [], []
     for chunk in range(max(1, num_paths // game.num_players)):
         play(game, step, seed + chunk)
         prices.append(game.prices(game.log_spots)[0])
-        exercises.append(game.exercises(game.num_steps))
+        if game.task == "slv":
+            forward.append(game.forward_prices(game.log_spots)[0])
+        exercises.append(game.exercises(game.num_days))
         regressors.append(game.regressors())
     return Paths(
         torch.stack(prices),
+        torch.stack(forward) if forward else None,
         [torch.cat(column) for column in zip(*exercises, strict=True)],
         [[torch.cat(column) for column in zip(*rows, strict=True)] for rows in zip(*regressors, strict=True)],
     )

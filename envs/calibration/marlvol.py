@@ -1,9 +1,9 @@
 """Marlvol: the market that phase 0 has calibrated, as a model of the underlying whose options are marked on its smile.
 
-Spots follow the learnt policy day by day, so they are exact martingales. With several steps to a day, a day's
-volatility in (5) is that of its beginning. Options are marked at their price in the Markovian projection of the model,
-the local volatility √E[σ_t²|S_t], which has the same smile (Gyöngy 1986). At the start this is the calibrated smile;
-later it is the smile that the projection has at the current spot.
+Spots follow the learnt policy step by step of its game, a day or a fraction of one, so they are exact martingales. With
+several steps of the model to one of the game, its volatility in (5) is that of its beginning. Options are marked at
+their price in the Markovian projection of the model, the local volatility √E[σ_t²|S_t], with the same smile (Gyöngy
+1986). At the start this is the calibrated smile; later it is the smile that the projection has at the current spot.
 """
 
 import math
@@ -18,6 +18,7 @@ from envs.market.dynamics import Dynamics, Smile
 from envs.run.seeds import PROJECTION_SEED
 
 Tensor = torch.Tensor
+GAME = ("num_steps", "steps_per_day", "task", "state", "action_map")  # settings that a market keeps
 PARTICLES = 2**18  # paths that estimate the conditional expectations
 
 # THE POLICY
@@ -76,7 +77,7 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     """The market of a calibrated policy as tensors, numbers and names, to be saved in a checkpoint.
 
     The policy is saved as its tables if the state is (t, S), else as its linear layers. The market also has its
-    projection √E[σ_t²|S_t] (T, nodes), annualised, and in the exotic task the leverage √E[m²|S_t] that localises it.
+    projection √E[σ_t²|S_t] (T, nodes), annualised, and where m is localised the leverage √E[m²|S_t] too.
     Both are estimated by particles unless they are known.
 
     Raises:
@@ -85,7 +86,7 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
     tables = policy_tables(game, policy) if game.is_local else None
     layers = None if game.is_local else layers_of(policy, game.observation_size)
     leverage = None
-    if game.task == "exotic":
+    if game.localised:
         leverage = torch.stack(_played_particles(game, policy).leverages)
         projection = game.local_volatility  # by construction
     elif game.is_local:
@@ -94,7 +95,7 @@ def export_market(game: CalibrationGame, policy: torch.nn.Module) -> dict:
         projection = _estimated_projection(_played_particles(game, policy))
     return {
         "surface": smiles.to_dict(game.surface),
-        "game": {name: game.settings[name] for name in ("num_steps", "task", "state", "action_map")},
+        "game": {name: game.settings[name] for name in GAME},
         "dates": {name: game.settings[name] for name in ("payoff", "days", "strikes", "act_before_t1")},
         "tables": None if tables is None else tables.cpu(),
         "layers": None if layers is None else [(weight.cpu(), bias.cpu()) for weight, bias in layers],
@@ -138,7 +139,7 @@ def _fill(nodes: Tensor) -> Tensor:
 def _contents(game: CalibrationGame, market: dict) -> list[tuple[Tensor, tuple[int, ...]]]:
     """The tensors of a market, each with the shape that it must have."""
     contents = [(market["projection"], (game.num_steps, NODES))]
-    if game.task == "exotic":
+    if game.localised:
         contents.append((market["leverage"], (game.num_steps, NODES)))
     if game.is_local:
         contents.append((market["tables"], (game.num_steps, game.action_size, NODES)))
@@ -156,15 +157,16 @@ class Marlvol(Dynamics):
 
     Args:
         market: a market made by `export_market`.
-        dt: years of a step, a trading day or a whole fraction of one.
+        dt: years of a step, one of the game or a whole fraction of one.
 
     Attributes:
         game: the calibration game, whose grid all tables are on.
+        substeps: steps of the model to one of the game, whose steps are called periods here.
         last_step: steps to the last maturity of the smile.
-        projection: √E[σ_t²|S_t] (rows, nodes), annualised; a row for each day, or for each step if a day has several.
+        projection: √E[σ_t²|S_t] (rows, nodes), annualised; a row for each step.
 
     Raises:
-        ValueError: a market of another kind.
+        ValueError: a market of another kind, or one whose periods are shorter than `dt`.
     """
 
     def __init__(self, market: dict, dt: float = DT):
@@ -180,11 +182,13 @@ class Marlvol(Dynamics):
             raise ValueError("does not fit this script, its market is of another kind")
         self.game = game
         self.volatility = game.reference_volatility
-        self.steps_per_day = max(1, round(DT / dt))
-        self.dt = DT / self.steps_per_day
-        self.last_step = game.num_steps * self.steps_per_day
+        self.substeps = round(game.dt / dt)
+        if self.substeps < 1:
+            raise ValueError(f"was calibrated in steps of 1/{game.steps_per_day} day (at least as long as here)")
+        self.dt = game.dt / self.substeps
+        self.last_step = game.num_steps * self.substeps
         self.noise_size = 1 if game.action_map == "direct" else 2
-        self.log_spot = game.grid.log_spot.double()  # (days, nodes)
+        self.log_spot = game.grid.log_spot.double()  # (periods, nodes)
         self.width = self.log_spot[:, -1]
         self._simulations = {}  # device → see `_simulation`
         self._copies = {}  # (name, device, dtype) → see `_copy`
@@ -192,14 +196,14 @@ class Marlvol(Dynamics):
         self.projection = market["projection"].clone()
         # All players start at S₀, so the policy's volatility elsewhere on the first day has no meaning
         self.projection[0] = self.projection[0, NODES // 2]
-        if self.steps_per_day > 1:
-            self.projection = self._within_days(self.projection)
+        if self.substeps > 1:
+            self.projection = self._within_periods(self.projection)
 
     @torch.no_grad()
-    def _within_days(self, projection: Tensor) -> Tensor:
-        """√E[σ_t²|S_t] of every step (last_step, nodes), from that at the beginning of the days (days, nodes).
+    def _within_periods(self, projection: Tensor) -> Tensor:
+        """√E[σ_t²|S_t] of every step (last_step, nodes), from that at the beginning of the periods (periods, nodes).
 
-        Within a day a path keeps the volatility of the day's beginning, while its spot moves on. The expectation given
+        Within a period a path keeps the volatility of its beginning, while its spot moves on. The expectation given
         the new spot is estimated by particles, as a ratio to the projection at that spot.
         """
         generator = torch.Generator().manual_seed(PROJECTION_SEED)
@@ -207,13 +211,13 @@ class Marlvol(Dynamics):
         spot, variance = self.simulate(noise, 1.0)
         rows = []
         for step in range(self.last_step):
-            day = step // self.steps_per_day
-            row = projection[day]
-            if day > 0 and step % self.steps_per_day > 0:
+            period = step // self.substeps
+            row = projection[period]
+            if period > 0 and step % self.substeps > 0:
                 log_spot = spot[None, :, step].log()
-                here = self.game.grid.lookup(row[None], day, log_spot)
+                here = self.game.grid.lookup(row[None], period, log_spot)
                 ratio = variance[None, :, step] / here.square()
-                row = row * _fill(self.game.grid.conditional_mean(ratio, day, log_spot, empty=math.nan)[0]).sqrt()
+                row = row * _fill(self.game.grid.conditional_mean(ratio, period, log_spot, empty=math.nan)[0]).sqrt()
             rows.append(row)
         return torch.stack(rows)
 
@@ -240,16 +244,16 @@ class Marlvol(Dynamics):
         log_return = (variance * self.dt).sqrt() * noise[:, 0] - 0.5 * variance * self.dt
         return log_return, self.typical_variance(step + 1, spot * log_return.exp())
 
-    def day(self, step: Tensor) -> Tensor:
-        """Trading day of a step, counted from 0; the last day after the end."""
-        return (step // self.steps_per_day).long().clamp(max=self.game.num_steps - 1)
+    def period(self, step: Tensor) -> Tensor:
+        """Step of the game that a step belongs to, counted from 0; the last one after the end."""
+        return (step // self.substeps).long().clamp(max=self.game.num_steps - 1)
 
     def lookup(self, table: Tensor, row: Tensor, step: Tensor, spot: Tensor) -> Tensor:
         """Rows of a table (rows, nodes) on the game's grid, at spots over the initial one; `row`, `step` and `spot`
         broadcast, and the table has the device and dtype of `spot`."""
         row, step, log_spot = torch.broadcast_tensors(row.long(), step, spot.log())
         half = 0.5 * (table.shape[-1] - 1)
-        width = self._copy("width", log_spot)[self.day(step)]
+        width = self._copy("width", log_spot)[self.period(step)]
         u = (log_spot * (half / width) + half).clamp(0, table.shape[-1] - 1.001)
         node = u.long()
         return torch.lerp(table[row, node], table[row, node + 1], u - node)
@@ -276,22 +280,22 @@ class Marlvol(Dynamics):
     @torch.no_grad()
     def simulate(self, noise, spot=100.0):
         n, num_steps, noise_size = noise.shape
-        per_day = self.steps_per_day
+        each = self.substeps
         game, step = self._simulation(noise.device)
-        num_days = min(game.num_steps, num_steps // per_day + 1)  # with the day that the last variance belongs to
-        normals = torch.zeros(n, num_days * per_day, noise_size, device=noise.device)
+        periods = min(game.num_steps, num_steps // each + 1)  # with that of the last variance
+        normals = torch.zeros(n, periods * each, noise_size, device=noise.device)
         normals[:, :num_steps] = noise
-        normals = normals.view(n, num_days, per_day, noise_size)
-        shocks = normals[..., 0].sum(-1) / math.sqrt(per_day)
+        normals = normals.view(n, periods, each, noise_size)
+        shocks = normals[..., 0].sum(-1) / math.sqrt(each)
         game.start(shocks.T[:, None], normals[:, :, 0, -1].T[:, None] if self.noise_size > 1 else None)
-        for _ in range(num_days):
+        for _ in range(periods):
             step(game)
-        opened = torch.stack([x[0] for x in game.log_spots[:num_days]], 1)[..., None]  # at the start of each day
+        opened = torch.stack([x[0] for x in game.log_spots[:periods]], 1)[..., None]  # at the start of each
         volatility = torch.stack([x[0] for x in game.log_volatilities], 1).exp()[..., None]
         moves = volatility * math.sqrt(self.dt) * normals[..., 0] - 0.5 * self.dt * volatility**2
         log_spot = (opened + moves.cumsum(-1)).flatten(1)
         log_spot = torch.cat((torch.zeros_like(log_spot[:, :1]), log_spot), 1)[:, : num_steps + 1]
-        variance = volatility.square().expand(-1, -1, per_day).flatten(1)
+        variance = volatility.square().expand(-1, -1, each).flatten(1)
         variance = torch.cat((variance, variance[:, -1:]), 1)[:, : num_steps + 1]
         return (math.log(spot) + log_spot).exp().to(noise), variance.to(noise)
 
@@ -319,7 +323,7 @@ class CalibratedSmile(Smile):
         tables = [dynamics.known_smiles[option] for option in options]
         tables = torch.stack([torch.cat((x, x[-1:].expand(steps - len(x), -1))) for x in tables])
         spacing = dynamics.log_spot[:, 1] - dynamics.log_spot[:, 0]
-        slopes = torch.gradient(tables, dim=-1)[0] / spacing[dynamics.day(torch.arange(steps))][:, None]
+        slopes = torch.gradient(tables, dim=-1)[0] / spacing[dynamics.period(torch.arange(steps))][:, None]
         self.tables = tables.to(strike)
         self.slopes = slopes.to(strike)
 
@@ -370,7 +374,7 @@ def implied_volatilities(dynamics: Marlvol, strike: float, expiry: int) -> Tenso
             sd = (math.sqrt(dt) * volatility).numpy()
             nexts = (np.interp(mean + z * sd, x.numpy(), value.numpy()) for z in points)
             value = torch.from_numpy(sum(w * u for w, u in zip(weights, nexts, strict=True)))
-        nodes = dynamics.log_spot[dynamics.day(step)]
+        nodes = dynamics.log_spot[dynamics.period(step)]
         price = torch.from_numpy(np.interp(nodes.numpy(), x.numpy(), value.numpy()))
         time_value = price - (sign * (nodes.exp() - strike)).clamp(min=0)
         implied = black_scholes.implied_volatility(price, nodes.exp(), strike, (expiry - t) * dt, is_call)

@@ -1,6 +1,6 @@
 """Figures of calibration (phase 0)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -65,7 +65,7 @@ def continuum_of_smiles(path: Path, game: CalibrationGame, played: Mapping[str, 
 def _smile_panel(axis: Axes, game: CalibrationGame, played: Mapping[str, Calibration]) -> None:
     """Implied volatilities of six maturities: the market's as lines, the models' as marks."""
     maturities = game.days.tolist()
-    shown = sorted({day for day in (7, 14, 21, 30, 40, game.num_steps) if day <= game.num_steps})
+    shown = sorted({day for day in (7, 14, 21, 30, 40, game.num_days) if day <= game.num_days})
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(shown)))
     for day, colour in zip(shown, colours, strict=True):
         i = maturities.index(day)
@@ -101,13 +101,14 @@ def learnt_local_volatility(path: Path, market: Marlvol, title: str) -> None:
     """The learnt √E[σ_t²|S_t] beside Dupire's local volatility of the same smile, where 99 % of the paths are."""
     figure, axes = style.new()
     game = market.game
-    shown = [day for day in (5, 15, 30, game.num_steps - 1) if day < game.num_steps]
+    shown = [day for day in (5, 15, 30, game.num_days - 1) if day < game.num_days]
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(shown)))
     for day, colour in zip(shown, colours, strict=True):
-        log_spot = torch.linspace(-2.6, 2.0, 93) * game.grid.scale[day]
+        t = day * game.steps_per_day
+        log_spot = torch.linspace(-2.6, 2.0, 93) * game.grid.scale[t]
         spot = log_spot.exp()
-        learnt = 100 * market.typical_variance(torch.tensor(day * market.steps_per_day), spot).sqrt()
-        dupire = 100 * game.grid.lookup(game.local_volatility[day][None], day, log_spot[None])[0]
+        learnt = 100 * market.typical_variance(torch.tensor(t * market.substeps), spot).sqrt()
+        dupire = 100 * game.grid.lookup(game.local_volatility[t][None], t, log_spot[None])[0]
         axes.plot(spot, learnt, color=colour, label=f"day {day}")
         axes.plot(spot, dupire, "--", color=colour, linewidth=1)
     axes.plot([], [], "k-", label="learnt")
@@ -161,8 +162,72 @@ def exotic_training(path: Path, curves: Mapping[str, list[dict]], result: Benchm
     style.save(figure, path)
 
 
+def slv_report(
+    folder: Path,
+    game: CalibrationGame,
+    result: Benchmark,
+    played: Mapping[str, Calibration],
+    forward: Mapping[str, Tensor],
+) -> None:
+    """The figures of a stochastic local volatility: forward smiles, vanillas, and training.
+
+    Args:
+        folder: of the run; without a metrics.csv in it the training is not drawn.
+        forward: by model, errors (starts, strikes) of the forward-start options, vol points.
+    """
+    title = result.title
+    curve = read_metrics(folder / "metrics.csv")
+    if curve:
+        figure, axes = style.new()
+        steps = [row["global_step"] / 1e6 for row in curve]
+        forward_rmse = [row["charts/forward_rmse"] for row in curve]
+        axes.semilogy(steps, forward_rmse, color=AGENT, marker=".", label="agent (mean action): forward starts")
+        axes.semilogy(steps, [row["charts/rmse"] for row in curve], color=OTHER, label="agent: vanillas")
+        level = result.rows[DUPIRE]["forward_rmse"]
+        axes.axhline(level, color=BASELINE, linestyle="--", label=f"{DUPIRE}: forward starts {level:.3f}")
+        axes.set(title=f"{title}: training", xlabel="player steps (millions)", ylabel="RMSE (vol points)")
+        style.legend(axes)
+        style.save(figure, folder / "learning_curve.png")
+    forward_smiles(folder / "forward_smiles.png", game, forward, title)
+    vanilla_smiles(folder / "vanillas.png", game, played, title)
+
+
+def forward_smiles(path: Path, game: CalibrationGame, forward: Mapping[str, Tensor], title: str) -> None:
+    """The smiles that forward-start options are worth, a panel for each start: target, local volatility, agent."""
+    figure, panels = style.new(1, len(game.forward_days), (5 * len(game.forward_days), 5), squeeze=False)
+    for i, (axis, (start, end)) in enumerate(zip(panels[0], game.forward_days, strict=True)):
+        strike = game.forward_strike[i].cpu().numpy()
+        market = 100 * game.forward_volatility[i].cpu().numpy()
+        axis.plot(strike, market, color="black", label="target")
+        for name, mark, colour in (("agent", "o", AGENT), (DUPIRE, "x--", BASELINE)):
+            axis.plot(strike, market + forward[name][i].numpy(), mark, color=colour, label=name)
+        axis.set(title=f"days {start} to {end}", xlabel="strike of S_T/S_start", ylabel="implied volatility (%)")
+        style.legend(axis)
+    figure.suptitle(f"{title}: forward-start options")
+    figure.tight_layout()
+    style.save(figure, path)
+
+
+def sensitivity(
+    path: Path, sizes: Sequence[float], curves: Mapping[str, Sequence[float]], labels: tuple[str, str], title: str
+) -> None:
+    """One or more measures (name → values) against a size that is varied, both on logarithmic axes.
+
+    Args:
+        labels: of the axes.
+    """
+    figure, axes = style.new()
+    for (name, values), colour in zip(curves.items(), (AGENT, BASELINE), strict=False):
+        axes.loglog(sizes, values, color=colour, marker="o", label=name)
+    axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    style.legend(axes)
+    style.save(figure, path)
+
+
 def vanilla_smiles(path: Path, game: CalibrationGame, played: Mapping[str, Calibration], title: str) -> None:
-    """The vanilla smiles of the first and the last day of the exotic, market and models: the paper's figure 2."""
+    """The vanilla smiles of the game's first date and last day, market and models: the paper's figure 2."""
     figure, panels = style.new(1, 2, (12, 5))
     maturities = game.days.tolist()
     for axis, day in zip(panels, (game.payoff.days[0], game.payoff.days[-1]), strict=True):

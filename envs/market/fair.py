@@ -209,13 +209,57 @@ def heston_call(spot, strike, time_to_expiry, variance, model: Heston) -> Tensor
     Shape: the first four (tensors or numbers) broadcast; the result has the broadcast shape.
     """
     numbers = (torch.as_tensor(number, dtype=F64) for number in (spot, strike, time_to_expiry, variance))
-    spot, strike, tau, variance = torch.broadcast_tensors(*numbers)
+    spot, strike, tau, variance = numbers  # broadcast late, as the characteristic function knows no strike
     volatility = model.expected_average_variance(variance, tau / model.dt).sqrt()
+    years, today = tau.numpy()[..., None], variance.numpy()[..., None]
+    return _lewis_price(spot, strike, tau, volatility, lambda u: _heston_integrand(model, u, years, today))
+
+
+def heston_forward_start_call(strike, start, time_to_expiry, model: Heston) -> Tensor:
+    """Price, at time 0 and over the spot, of the call on S_T/S_s with T = s + τ in Heston's model, in float64.
+
+    By the tower property it is E[C(1, K, τ, v_s)]. Given v_s the characteristic function is e^{A + B v_s}, and v_s/c
+    has a non-central χ² distribution, c = ξ²(1 − e^{−κs})/4κ, whose transform is known (Cox, Ingersoll & Ross 1985;
+    Kruse & Nögel 2005): E[e^{Bv_s}] = (1 − 2cB)^{−2κθ/ξ²} e^{B e^{−κs} v/(1 − 2cB)}.
+
+    Args:
+        strike: K, > 0, a ratio of spots.
+        start: s, years, ≥ 0.
+        time_to_expiry: τ, years from the start to expiry, > 0.
+        model: with today's variance; `dt` does not matter.
+
+    Shape: the first three (tensors or numbers) broadcast; the result has the broadcast shape.
+    """
+    strike, start, tau = (torch.as_tensor(number, dtype=F64) for number in (strike, start, time_to_expiry))
+    today = torch.as_tensor(model.initial_variance, dtype=F64)
+    # E[∫ v dt] to the start and to expiry
+    before, total = (model.expected_average_variance(today, t / model.dt) * t for t in (start, start + tau))
+    volatility = ((total - before) / tau).sqrt()
+    years, variance = tau.numpy()[..., None], (total - before).numpy()[..., None]
+    decay = np.exp(-model.mean_reversion * start.numpy())[..., None]
+    scale = model.vol_of_vol**2 * (1.0 - decay) / (4.0 * model.mean_reversion)
+    power = 2.0 * model.mean_reversion * model.mean_variance / model.vol_of_vol**2
+
+    def integrand(u: np.ndarray) -> np.ndarray:
+        level, slope = _heston_exponent(model, u, years)
+        denominator = 1.0 - 2.0 * scale * slope
+        phi = np.exp(level + slope * decay * model.initial_variance / denominator - power * np.log(denominator))
+        q = u**2 + 0.25
+        return (phi - np.exp(-0.5 * q * variance)) / q
+
+    return _lewis_price(torch.ones_like(strike), strike, tau, volatility, integrand)
+
+
+def _lewis_price(spot, strike, tau, volatility, integrand) -> Tensor:
+    """Black–Scholes price plus the premium −√(SK)/π ∫₀^∞ Re[e^{iu ln(S/K)} integrand(u)] du; tensors that broadcast.
+
+    `integrand` takes u, of the shape of tau and a last axis of nodes; see `_heston_integrand`.
+    """
     frequency, weight = _frequencies()
-    u = frequency / np.sqrt(tau.numpy())[..., None]
+    root_time = np.sqrt(tau.numpy())
+    u = frequency / root_time[..., None]
     x = (spot / strike).log().numpy()
-    integrand = _heston_integrand(model, u, tau.numpy()[..., None], variance.numpy()[..., None])
-    integral = ((np.exp(1j * u * x[..., None]) * integrand).real @ weight) / np.sqrt(tau.numpy())
+    integral = (np.exp(1j * u * x[..., None]) * integrand(u)).real @ weight / root_time
     premium = torch.as_tensor(-np.exp(0.5 * x) / math.pi * integral)
     return black_scholes.price(spot, strike, tau, volatility) + strike * premium
 
@@ -247,8 +291,18 @@ def _heston_integrand(model: Heston, u: np.ndarray, tau, variance) -> np.ndarray
 
     Lewis (2001): C = S − √(SK)/π ∫₀^∞ Re[e^{iu ln(S/K)} φ(u − i/2)] du/(u² + ¼), so that the same integral of the
     difference gives that of the prices. Both φ are 1 at ±i/2: the quotient has no poles, and is small.
+    """
+    q = u**2 + 0.25
+    level, slope = _heston_exponent(model, u, tau)
+    kappa = model.mean_reversion
+    total_variance = model.mean_variance * tau + (variance - model.mean_variance) * -np.expm1(-kappa * tau) / kappa
+    return (np.exp(level + slope * variance) - np.exp(-0.5 * q * total_variance)) / q
 
-    φ in the form without a branch cut (Albrecher, Mayer, Schoutens & Tistaert 2007), where (β − d)/ξ² is written as
+
+def _heston_exponent(model: Heston, u: np.ndarray, tau) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of φ(u − i/2) = e^{A + Bv}, for ln S over τ years; u and τ broadcast.
+
+    In the form without a branch cut (Albrecher, Mayer, Schoutens & Tistaert 2007), where (β − d)/ξ² is written as
     −(u² + ¼)/(β + d), which loses no digits as ξ → 0.
     """
     kappa = model.mean_reversion
@@ -260,9 +314,7 @@ def _heston_integrand(model: Heston, u: np.ndarray, tau, variance) -> np.ndarray
     g = xi**2 * ratio / (beta + d)
     decay = np.exp(-d * tau)
     level = kappa * model.mean_variance * (ratio * tau - 2.0 / xi**2 * np.log1p(g * (1.0 - decay) / (1.0 - g)))
-    slope = ratio * (1.0 - decay) / (1.0 - g * decay)
-    total_variance = model.mean_variance * tau + (variance - model.mean_variance) * -np.expm1(-kappa * tau) / kappa
-    return (np.exp(level + slope * variance) - np.exp(-0.5 * q * total_variance)) / q
+    return level, ratio * (1.0 - decay) / (1.0 - g * decay)
 
 
 # MERTON

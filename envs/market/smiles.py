@@ -11,12 +11,17 @@ Gatheral (2006), *The Volatility Surface*, chapter 1.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.interpolate import RectBivariateSpline
 
 from envs.market import black_scholes
+from envs.market.dynamics import Heston
+from envs.market.fair import heston_call, heston_forward_start_call
 from envs.market.units import TRADING_DAYS
 
 Tensor = torch.Tensor
@@ -66,6 +71,14 @@ class Surface:
         """Price of the call of strike e^k on a spot of 1."""
         k = double(k)
         return black_scholes.price(torch.ones_like(k), k.exp(), double(t), self.implied_volatility(k, t))
+
+    def forward_volatility(self, k, start, end) -> Tensor:
+        """Implied volatility of the option that pays (S_end/S_start − e^k)⁺; vanillas do not fix it.
+
+        Raises:
+            ValueError: not a surface of a model.
+        """
+        raise ValueError("smile has vanillas alone, no forward-start options")
 
     def density_factor(self, k, t) -> Tensor:
         """`density_factor` of numbers or tensors that broadcast."""
@@ -163,6 +176,57 @@ class Slices(Surface):
         return TotalVariance(w, dk, dkk, (behind[0] - before[0]) / span)
 
 
+@dataclass
+class HestonSurface(Surface):
+    """The smiles of Heston's model, by its characteristic function: vanillas, and forward starts that go with them.
+
+    w/t is tabulated in k/√t, to `WIDTH` standard deviations, and √t, and interpolated by cubic splines. Beyond, the
+    volatility stays what it is at the edge.
+    """
+
+    initial_variance: float = 0.04
+    mean_variance: float = 0.04
+    mean_reversion: float = 4.0
+    vol_of_vol: float = 0.5
+    correlation: float = -0.7
+    last_maturity: float = 0.5
+
+    WIDTH = 5.0
+    FIRST = 0.25 / TRADING_DAYS  # years; before, w/t is as it is then
+
+    def __post_init__(self):
+        parameters = (self.initial_variance, self.mean_variance, self.mean_reversion, self.vol_of_vol, self.correlation)
+        self.model = Heston(*parameters)
+
+    @cached_property
+    def _spline(self) -> RectBivariateSpline:
+        edge = self.WIDTH * math.sqrt(max(self.initial_variance, self.mean_variance))
+        y = np.linspace(-edge, edge, 81)
+        root = np.linspace(math.sqrt(self.FIRST), math.sqrt(self.last_maturity) + 0.01, 32)
+        t = double(root**2)
+        strike = double(y[:, None] * root).exp()
+        call = heston_call(1.0, strike, t, self.initial_variance, self.model)
+        out = torch.where(strike < 1.0, call - 1.0 + strike, call)  # of the money
+        volatility = black_scholes.implied_volatility(out, torch.ones_like(strike), strike, t, strike >= 1.0)
+        return RectBivariateSpline(y, root, (volatility**2).numpy())
+
+    def total_variance(self, k, t):
+        y = k.cpu().numpy() / np.sqrt(t.cpu().numpy())
+        root = np.sqrt(t.cpu().numpy())
+        edge = self._spline.tck[0][-1]
+        inside = np.abs(y) <= edge
+        at = (np.clip(y, -edge, edge), np.maximum(root, math.sqrt(self.FIRST)))
+        variance = self._spline(*at, grid=False)
+        dy, dyy = (np.where(inside, self._spline(*at, dx=order, grid=False), 0.0) for order in (1, 2))
+        dt = variance - 0.5 * y * dy + 0.5 * root * self._spline(*at, dy=1, grid=False)
+        return TotalVariance(*(torch.as_tensor(x).to(k) for x in (root**2 * variance, root * dy, dyy, dt)))
+
+    def forward_volatility(self, k, start, end):
+        k, start, end = torch.broadcast_tensors(double(k), double(start), double(end))
+        call = heston_forward_start_call(k.exp(), start, end - start, self.model)
+        return black_scholes.implied_volatility(call, torch.ones_like(k), k.exp(), end - start)
+
+
 _SP500_2018_DAYS = (30, 37, 44, 58, 65)  # calendar days
 _SP500_2018 = (
     (-0.002299, 0.037194, -0.1949, 0.01365, 0.07761),
@@ -182,6 +246,7 @@ SURFACES = {
     # The slices themselves, rougher: between the first two, total variance falls in time where K/S > 1.12
     "sp500-2018-slices": Slices([days / 365 for days in _SP500_2018_DAYS], [SVI(*x) for x in _SP500_2018]),
     "sp500-2024": Slices([20 / 251, 40 / 251], [SVI(*x) for x in _SP500_2024]),  # 21 June 2024
+    "heston": HestonSurface(),
 }
 
 
@@ -189,6 +254,8 @@ def to_dict(surface: Surface) -> dict:
     """The parameters of a surface, for a checkpoint."""
     if isinstance(surface, SSVI):
         return {"ssvi": asdict(surface)}
+    if isinstance(surface, HestonSurface):
+        return {"heston": asdict(surface)}
     return {"maturities": surface.maturities, "slices": [list(x) for x in surface.slices]}
 
 
@@ -198,7 +265,10 @@ def from_dict(content: dict) -> Surface:
     Raises:
         KeyError, TypeError, ValueError: not the content of a surface.
     """
-    return SSVI(**content["ssvi"]) if "ssvi" in content else Slices(content["maturities"], content["slices"])
+    for name, kind in (("ssvi", SSVI), ("heston", HestonSurface)):
+        if name in content:
+            return kind(**content[name])
+    return Slices(content["maturities"], content["slices"])
 
 
 # ARBITRAGE

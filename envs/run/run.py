@@ -304,6 +304,14 @@ class Run:
             if not math.isfinite(value):
                 raise DivergenceError(f"{name} is {value} by step {self.steps}; {self.last_good()}")
 
+    def check_at_most(self, most: float, values: dict[str, float]) -> None:
+        """Raises `DivergenceError` likewise where a value that should stay small is above `most`."""
+        for name, value in values.items():
+            if not value <= most:
+                raise DivergenceError(
+                    f"{name} was {value:.3g} (at most {most:g}) by step {self.steps}; {self.last_good()}"
+                )
+
     def last_good(self) -> str:
         """The last good checkpoint of a run that has diverged, for its message."""
         checkpoint = self.folder / "checkpoint.pt"

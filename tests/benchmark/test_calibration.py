@@ -8,9 +8,11 @@ import torch
 from envs.benchmark import calibration
 from envs.calibration.exotic import Dependence
 from envs.calibration.game import CalibrationGame
+from envs.calibration.slv import VolatilityDynamics
 from envs.market import smiles
 
 SP500 = smiles.SURFACES["sp500-2018"]
+HESTON = smiles.SURFACES["heston"]
 
 
 def generator(seed=0):
@@ -32,7 +34,7 @@ def test_judged_smile():
         calibration.CONSTANT: CalibrationGame.step_constant,
     }
     outcome = {
-        name: calibration.calibrate(game, calibration.benchmark_paths(game, step, 120_000))
+        name: calibration.calibrate(calibration.benchmark_paths(game, step, 120_000).prices, game.volatility_errors)
         for name, step in steps.items()
     }
     result = calibration.judge_smile("smile", {"paths": 120_000}, outcome)
@@ -42,6 +44,30 @@ def test_judged_smile():
     assert "has 1,000,000 paths or more" in failed
     assert "beats constant volatility" not in failed
     assert "its RMSE − agent's" in result.table()
+
+
+def test_judged_slv():
+    """Forward starts within 0.1 everywhere, vanillas within 0.12; the true η and ρ beside those of the models."""
+    game = CalibrationGame(HESTON, 100, task="slv", state="non-path-dependent", action_map="stochastic")
+
+    def errors(size, rows, columns):
+        each = torch.full((rows, columns), size, dtype=torch.float64)
+        return calibration.Calibration(each, each.expand(12, -1, -1))
+
+    def judged(forward, vanillas):
+        fits = {"agent": errors(vanillas, len(game.days), 11), calibration.DUPIRE: errors(0.1, len(game.days), 11)}
+        starts = {"agent": errors(forward, 3, 7), calibration.DUPIRE: errors(0.4, 3, 7)}
+        moves = {name: VolatilityDynamics(1.2, -0.6) for name in fits}
+        result = calibration.judge_slv("slv", {"paths": 2**20}, game, fits, starts, moves)
+        return result, [criterion.passed for criterion in result.criteria]
+
+    result, passed = judged(0.09, 0.11)
+    assert passed == [True] * 4
+    assert result.settings["true η, ρ"] == "1.250, -0.700"
+    assert result.advantages[calibration.DUPIRE].mean == pytest.approx(0.31)
+    assert judged(0.11, 0.11)[1] == [True, False, True, True]
+    assert judged(0.09, 0.13)[1] == [True, True, False, True]
+    assert judged(0.5, 0.11)[1] == [False, False, True, True]
 
 
 def judged_exotic(monkeypatch, agent, objective="min", target=None, **settings):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from envs.calibration.game import CalibrationGame, judged, play
+from envs.calibration.game import CalibrationGame, judged, play, sample
 from envs.market import smiles
 
 SP500 = smiles.SURFACES["sp500-2018"]
+HESTON = smiles.SURFACES["heston"]
 
 
 def generator(seed=0):
@@ -48,10 +49,11 @@ def test_constant_volatility_has_its_own_smile():
         ("local-vol", "non-path-dependent", "stochastic", (0.5, 0.3, -0.4)),
         ("exotic", "path-dependent", "direct", (0.5,)),
         ("exotic", "path-dependent", "stochastic", (0.5, 0.3, -0.4)),
+        ("slv", "non-path-dependent", "stochastic", (-0.1, -0.4, -0.8)),
     ],
 )
 def test_spots_are_martingales_and_actions_are_what_they_say(task, state, action_map, action):
-    game = CalibrationGame(SP500, 2**15, task=task, state=state, action_map=action_map)
+    game = CalibrationGame(HESTON if task == "slv" else SP500, 2**15, task=task, state=state, action_map=action_map)
     played(game, lambda game: constant_actions(game, *action))
     for log_spot in game.log_spots:
         spot = log_spot[0].double().exp()
@@ -62,9 +64,9 @@ def test_spots_are_martingales_and_actions_are_what_they_say(task, state, action
         assert log_volatility.mean().item() == pytest.approx(0.1 + math.log(game.reference_volatility), abs=0.01)
     if action_map == "stochastic" and task == "local-vol":
         change, returns = log_volatility.diff(dim=0), torch.stack(game.log_spots)[:, 0].diff(dim=0)[:-1]
-        eta, rho = 2 * math.exp(0.3), math.tanh(-1.4)
+        eta, rho = 2 * math.exp(0.3), math.tanh(-0.4)
         assert change.std().item() == pytest.approx(eta / 252**0.5, rel=0.01)
-        assert change.mean().item() == pytest.approx(10 * 0.5 / 252, abs=0.002)
+        assert change.mean().item() == pytest.approx(3 * 0.5 / 252, abs=0.002)
         shock = game.shocks[:-1, 0]
         assert torch.corrcoef(torch.stack((change.flatten(), shock.flatten())))[0, 1].item() == pytest.approx(
             rho, abs=0.01
@@ -152,6 +154,41 @@ def test_localisation_keeps_the_vanillas_whatever_the_players_do():
     dupire = game.like(reference="none")
     play(dupire, CalibrationGame.step_dupire, 5)
     torch.testing.assert_close(unlocalised, torch.stack([x[0] for x in dupire.log_volatilities[: wild.t1]]))
+
+
+def test_half_days():
+    """102 steps to the same 51 days: rewards at the end of the days, and local volatility with less error."""
+    daily, halves = CalibrationGame(SP500, 2**16), CalibrationGame(SP500, 2**16, num_steps=102, steps_per_day=2)
+    assert (halves.num_days, halves.dt) == (51, 1 / 504)
+    assert torch.equal(daily.market_volatility, halves.market_volatility)
+    errors = []
+    for game in (daily, halves):
+        paths = sample(game, CalibrationGame.step_dupire, 2**18, 1)
+        errors.append(game.volatility_errors(paths.prices.mean(0)))
+    sizes = [float(judged(x).square().mean().sqrt()) for x in errors]
+    assert sizes[1] < 0.85 * sizes[0]
+    rewards = halves.shared_rewards(errors[1][None])
+    assert rewards.shape == (1, 102)
+    assert torch.equal(rewards[:, 1::2], daily.shared_rewards(errors[1][None]))
+    assert rewards[:, ::2].abs().max() == 0
+    own = halves.difference_rewards(errors[1], torch.stack(halves.log_spots))
+    ends = torch.stack(halves.log_spots[::2])
+    assert torch.equal(own[1::2], daily.difference_rewards(errors[1], ends))
+    assert own[::2].abs().max() == 0
+
+
+def test_half_days_of_the_exotic():
+    """Dates are days: players act from the end of day 21, step 42, on, and the Bermudan is worth about the same."""
+    game = CalibrationGame(SP500, 2**15, 1, 102, task="exotic", state="path-dependent", steps_per_day=2)
+    assert (game.t1, game.first_move, game.payoff.days) == (42, 42, (21, 51))
+    play(game, CalibrationGame.step_dupire, 4)
+    assert game.exotic_cashflows().shape == (52, 1, 2**15)
+    assert 1e4 * game.exotic_paid().mean().item() == pytest.approx(131, abs=3)
+    plain = game.errors()[0]
+    play(game, lambda game: game.step((10 * game.state.log_spot_t1 - 5 * game.state.log_spot)[..., None]), 4)
+    assert torch.equal(game.state.log_spot_t1, game.log_spots[42])
+    assert judged(game.errors()[0] - plain).square().mean().sqrt() < 0.06
+    assert game.leverage_effects(game.exotic_paid()).shape == (102, 1, 2**15)
 
 
 def test_too_many_days_for_the_smile():

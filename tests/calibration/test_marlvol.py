@@ -30,8 +30,8 @@ def policy_of(game, slope=0.0, own=None):
     return policy
 
 
-def market(slope=0.1, own=None, **settings):
-    game = CalibrationGame(SP500, 100, **settings)
+def market(slope=0.1, own=None, surface=SP500, **settings):
+    game = CalibrationGame(surface, 100, **settings)
     return marlvol.export_market(game, policy_of(game, slope, own))
 
 
@@ -40,6 +40,13 @@ MARKETS = {
     "normal": {"action_map": "normal", "own": (0.5,)},
     "stochastic": {"action_map": "stochastic", "state": "non-path-dependent", "own": (0.0, 0.0)},
     "exotic": {"task": "exotic", "state": "path-dependent"},
+    "slv": {
+        "surface": smiles.SURFACES["heston"],
+        "task": "slv",
+        "state": "non-path-dependent",
+        "action_map": "stochastic",
+        "own": (-0.3, -0.7),
+    },
 }
 
 
@@ -71,6 +78,18 @@ def test_paths_are_martingales_row_by_row(name, per_day):
     assert name != "local" or torch.equal(few, spot[:100])
     whole, _ = model.simulate(torch.zeros(3, model.last_step, model.noise_size))
     assert whole.shape == (3, model.last_step + 1)
+
+
+def test_a_market_of_half_days():
+    """It is a model in steps of half a day, or less, and no other one."""
+    content = market(num_steps=102, steps_per_day=2)
+    model = marlvol.Marlvol(content, dt=1 / 504)
+    assert (model.substeps, model.last_step, model.dt) == (1, 102, 1 / 504)
+    spot, _ = model.simulate(torch.randn(2**14, 102, 1, generator=torch.Generator().manual_seed(0)))
+    assert abs(spot[:, -1].mean() - 100) < 4 * spot[:, -1].std() / 2**7
+    assert marlvol.Marlvol(content, dt=1 / 1008).last_step == 204
+    with pytest.raises(ValueError, match="was calibrated in steps of 1/2 day"):
+        marlvol.Marlvol(content, dt=1 / 252)
 
 
 def test_projection_is_the_conditional_variance():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from common import MODELS, SP500_GARCH
 from scipy.integrate import quad
-from scipy.stats import norm
+from scipy.stats import ncx2, norm
 
 from envs.market import black_scholes, dynamics, fair
 
@@ -73,6 +73,25 @@ def test_heston_call_against_the_published_formula():
         )[0]  # fmt: skip
         exact = 100 - math.sqrt(100 * strike) / math.pi * integral
         assert fair.heston_call(100.0, strike, tau, v, dynamics.Heston()).item() == pytest.approx(exact, abs=1e-7)
+
+
+def test_heston_forward_starts():
+    """They are vanillas averaged over the law of the variance at the start, and vanillas themselves from today on."""
+    model = dynamics.Heston(0.05, 0.04, 3.0, 0.6, -0.6)
+    strike = np.array([0.9, 0.97, 1.0, 1.05])
+    start, tau = 21 / 252, 30 / 252
+    found = fair.heston_forward_start_call(strike, start, tau, model)
+    decay = math.exp(-3.0 * start)
+    scale = 0.36 * (1 - decay) / 12
+    law = ncx2(4 * 3 * 0.04 / 0.36, 0.05 * decay / scale, scale=scale)  # Cox, Ingersoll & Ross (1985)
+    node, weight = np.polynomial.legendre.leggauss(200)
+    root = 0.5 * (node + 1)
+    node = law.ppf(1 - 1e-12) * root**3  # the density is infinite at 0
+    weight = weight * root**2 * law.pdf(node)
+    averaged = [fair.heston_call(1.0, k, tau, node, model).numpy() @ weight / weight.sum() for k in strike]
+    np.testing.assert_allclose(found.numpy(), averaged, atol=2e-8)
+    today = fair.heston_forward_start_call(strike, 0.0, tau, model)
+    torch.testing.assert_close(today, fair.heston_call(1.0, strike, tau, 0.05, model), atol=1e-14, rtol=0)
 
 
 def test_heston_smile_at_the_start():

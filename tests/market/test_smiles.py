@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from envs.market import black_scholes as bs
-from envs.market import smiles
+from envs.market import fair, smiles
 from envs.market.smiles import SSVI, SVI, Slices
 
 F64 = torch.float64
@@ -40,6 +40,30 @@ def test_ssvi_fits_the_slices():
     error = 100 * (SP500.implied_volatility(k, t) - SP500_SLICES.implied_volatility(k, t))
     assert error.square().mean().sqrt().item() == pytest.approx(0.23, abs=0.005)
     assert error.abs().max().item() == pytest.approx(0.65, abs=0.01)
+
+
+def test_heston_surface_is_that_of_the_model():
+    """Its spline is exact to 1e-4 vol points, its derivatives are those of w, and it has forward-start options."""
+    surface = smiles.HestonSurface(0.05, 0.03, 2.0, 0.5, -0.6)
+    t = torch.tensor([1.0, 5.5, 21.0, 51.0, 120.0], dtype=F64)[:, None] / 252
+    k = torch.linspace(-3, 3, 13, dtype=F64) * 0.2 * t.sqrt()
+    call = fair.heston_call(1.0, k.exp(), t, 0.05, surface.model)
+    exact = bs.implied_volatility(call, torch.ones_like(k), k.exp(), t)
+    assert 100 * (surface.implied_volatility(k, t) - exact).abs().max() < 1e-3
+    values = surface(k, t)
+    step = 1e-5
+    for name, (dk, dt) in {"dk": (step, 0.0), "dt": (0.0, step)}.items():
+        change = (surface(k + dk, t + dt).w - surface(k - dk, t - dt).w) / (2 * step)
+        torch.testing.assert_close(getattr(values, name), change, atol=1e-5, rtol=1e-4)
+    change = (surface(k + step, t).dk - surface(k - step, t).dk) / (2 * step)
+    torch.testing.assert_close(values.dkk, change, atol=1e-4, rtol=1e-3)
+    assert surface.local_volatility(0.0, 1e-6).item() == pytest.approx(0.05**0.5, abs=1e-3)
+    forward = surface.forward_volatility(k[2], 10 / 252, 31 / 252)
+    call = fair.heston_forward_start_call(k[2].exp(), 10 / 252, 21 / 252, surface.model)
+    torch.testing.assert_close(bs.price(torch.ones(13, dtype=F64), k[2].exp(), 21 / 252, forward), call)
+    assert smiles.from_dict(json.loads(json.dumps(smiles.to_dict(surface)))) == surface
+    with pytest.raises(ValueError, match="no forward-start options"):
+        SP500.forward_volatility(0.0, 0.1, 0.2)
 
 
 def test_two_calls_are_worth_the_same():

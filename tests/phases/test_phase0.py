@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,23 @@ from common import CPU, PHASES, ROOT
 
 import phase0_marlvol_calibration as phase0
 from envs.benchmark import calibration as judging
-from envs.calibration import exotic, marlvol
+from envs.calibration import exotic, marlvol, quotes
 from envs.calibration import game as simulation
 from envs.calibration.game import FIRST_DATE, TASKS
 from envs.market import smiles
 from envs.models import load_market
 from envs.run.args import parse_args
-from envs.run.errors import UsageError
+from envs.run.errors import DivergenceError, UsageError
 from envs.run.files import read_metrics
 
 PHASE = PHASES["phase0"]
 FILES = {"args.json", "metrics.csv", "checkpoint.pt", "benchmark.json", "benchmark.md", "learning_curve.png"}
 FILES |= {"origin.json", "report.html"}
-FIGURES = {"local-vol": {"smiles.png", "local_volatility.png"}, "exotic": {"learnt_dependence.png", "vanillas.png"}}
+FIGURES = {
+    "local-vol": {"smiles.png", "local_volatility.png"},
+    "exotic": {"learnt_dependence.png", "vanillas.png"},
+    "slv": {"forward_smiles.png", "vanillas.png"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,9 @@ def main(tmp_path, monkeypatch):
         {"reward": "difference", "basis_players": False, "baseline": "critic"},
         {"action_map": "normal", "smile": "sp500-2024", "num_steps": 30},
         {"action_map": "stochastic", "state": "non-path-dependent", "num_basis": 5},
+        {"state": "non-path-dependent", "interpolation": "linear", "state_std": True},
+        {"task": "slv", "smile": "heston", "neighbours": 3},
+        {"task": "exotic", "steps_per_day": 2},
         {"task": "exotic"},
         {"task": "exotic", "state": "local"},
         {"task": "exotic", "state": "non-path-dependent", "reward": "difference", "regression": "polynomial"},
@@ -82,9 +89,10 @@ def test_smoke(main, changes, capsys):
     content = json.loads((folder / "benchmark.json").read_text())
     assert {"agent", "Dupire local volatility"} <= set(content["rows"])
     rows = read_metrics(folder / "metrics.csv")
-    steps = changes.get("num_steps", 40 if changes.get("smile") else 51) * 200 * 2
+    days = changes.get("num_steps", 40 if changes.get("smile") == "sp500-2024" else 51)
+    steps = days * changes.get("steps_per_day", 1) * 200 * 2
     assert [row["global_step"] for row in rows] == [0, 2 * steps, 4 * steps]
-    model = load_market(str(folder))  # a market for the other phases
+    model = load_market(str(folder), 1 / 504)  # a market for the other phases
     spot, _ = model.simulate(torch.zeros(2, 22, model.noise_size))
     assert spot.isfinite().all()
 
@@ -103,6 +111,41 @@ def test_training_calibrates(reward, tmp_path):
     errors = [row["charts/rmse"] for row in read_metrics(tmp_path / "metrics.csv")]
     assert errors[0] > 3
     assert errors[-1] < 0.8 * errors[0]
+
+
+def learnt(tmp_path, iterations, **settings):
+    """First and last point of the learning curve of a few updates."""
+    fast = {
+        "reference": "none",
+        "num_players": 1000,
+        "num_runs": 4,
+        "hidden_size": 32,
+        "anneal_lr": False,
+        "average": 1.0,
+    }
+    length = {"num_iterations": iterations, "num_evaluations": 1}
+    args = phase0.Args(**fast, **length, reference="none", save_model=False, **settings)
+    args.fill()
+    args.check()
+    phase0.train(PHASE.run(args, tmp_path), phase0.make_game(args, smiles.SURFACES[args.smile], CPU))
+    return read_metrics(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize("reward", ["shared", "difference"])
+def test_training_makes_the_bermudan_cheaper(reward, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "VALIDATION_PATHS", 2**14)
+    first, last = (
+        1e4 * row["charts/exotic_price"] for row in learnt(tmp_path, 12, task="exotic", num_basis=30, reward=reward)
+    )
+    assert last < first - 1.2
+
+
+def test_training_fits_forward_starts(tmp_path, monkeypatch):
+    """The first steps from η = 2 and ρ = 0 to the model's 1.25 and −0.7."""
+    monkeypatch.setattr(judging, "VALIDATION_PATHS", 2**14)
+    rows = learnt(tmp_path, 12, task="slv", smile="heston", num_basis=8, exploration_std=0.5, target_kl=0.05)
+    assert rows[-1]["charts/forward_rmse"] < 0.9 * rows[0]["charts/forward_rmse"]
+    assert max(row["charts/rmse"] for row in rows) < 0.5
 
 
 @pytest.mark.slow
@@ -142,43 +185,92 @@ def test_weight_of_the_kl_penalty_follows_the_divergence(monkeypatch):
         assert agent.kl_coef.item() == pytest.approx(factor)
 
 
-def test_basis_players_are_interpolated():
-    basis = torch.tensor([[0.0, 2.0, 1.0]])
-    noise = torch.tensor([[[1.0], [3.0], [-1.0]]])
-    points = torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.75, 2.0, 9.0])
-    linear = phase0.interpolate_linear(basis, noise, points[None])[0, :, 0]
-    assert linear.tolist() == [1.0, 1.0, 0.0, -1.0, 2.0, 3.0, 3.0]
-    nearest = phase0.interpolate_nearest(basis[..., None], noise, points[None, :, None])[0, :, 0]
-    assert nearest.tolist() == [1.0, 1.0, nearest[2].item(), -1.0, 3.0, 3.0, 3.0]
+def test_a_policy_that_jumps_away_has_diverged(main):
+    """Its parameters stay finite, but one update moves it by many standard deviations of its exploration."""
+    with pytest.raises(DivergenceError, match=r"losses/approx_kl was .* \(at most 100\) by step 40800; last good: "):
+        main(learning_rate=1e6)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_kl_penalty_holds_the_policy(held):
+    """With a learning rate that is too high an update goes far; the rule raises the weight until it goes less far."""
+    args = phase0.Args(
+        num_players=200, num_runs=4, num_basis=20, reference="none", hidden_size=16, learning_rate=0.05, clip_coef=1.0,
+        target_kl=0.01 if held else 1e9,
+    )  # fmt: skip
+    args.fill()
+    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
+    torch.manual_seed(0)
+    agent = phase0.Agent(game, args)
+    optimizer = torch.optim.Adam(agent.actor_mean.parameters(), lr=args.learning_rate)
+    generator = torch.Generator().manual_seed(0)
+    kl = []
+    for _ in range(16):
+        batch = phase0.rollout(game, agent, args, generator)
+        kl.append(phase0.update(agent, optimizer, batch, args, generator)[2].item())
+    late = sum(kl[6:]) / 10
+    assert 0.002 < late < 0.025 if held else late > 0.05
+
+
+def test_exploration_comes_in_pairs():
     pairs = phase0.sample_noise(phase0.Args(num_runs=4), (3, 2), torch.Generator().manual_seed(0))
     assert pairs.shape == (4, 3, 2)
     assert torch.equal(pairs[:2], -pairs[2:])
 
 
+@pytest.mark.parametrize(
+    ("settings", "dimensions"),
+    [
+        ({"state": "local"}, 1),
+        ({"state": "non-path-dependent", "interpolation": "linear"}, 2),
+        ({"task": "exotic", "interpolation": "linear"}, 3),
+        ({"task": "exotic", "interpolation": "nearest", "neighbours": 3}, 4),
+    ],
+)
+def test_everyone_explores_as_the_basis_players_around(settings, dimensions):
+    """Noise that is a smooth function of the state at the basis players is about the same function at all others."""
+    args = phase0.Args(reference="none", num_players=2000, num_basis=200, num_runs=2, **settings)
+    args.fill()
+    args.check()
+    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
+    game.reset(torch.Generator().manual_seed(0))
+    for _ in range(30):
+        game.step(0.3 * torch.randn(3, 2000, 1, generator=torch.Generator().manual_seed(game.t)))
+    points = game.state.log_spot[:2, :, None] / 0.03 if dimensions == 1 else game.observe()[:2, :, 1:]
+    values = points.clamp(-2, 2).sum(-1, keepdim=True)
+    players = torch.arange(0, 2000, 10)
+    found = phase0.spread_noise(game, args, players, values[:, players])
+    error = (found - values).square().mean() / values.var()
+    assert error < {1: 1e-3, 2: 0.02, 3: 0.08, 4: 0.2}[dimensions]
+    torch.testing.assert_close(found[:, players], values[:, players], atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_rollout_is_what_it_says(task):
     """Advantages add up to nothing over runs, the last run does not explore, and actions explain their noise."""
-    args = phase0.Args(task=task, reference="none", num_players=300, num_basis=20, num_runs=4)
+    smile = "heston" if task == "slv" else "sp500-2018"
+    args = phase0.Args(task=task, smile=smile, reference="none", num_players=300, num_basis=20, num_runs=4)
     args.fill()
-    game = phase0.make_game(args, smiles.SURFACES["sp500-2018"], CPU)
+    game = phase0.make_game(args, smiles.SURFACES[smile], CPU)
     agent = phase0.Agent(game, args)
     played, step = [], game.step
     game.step = lambda actions: (played.append(actions.clone()), step(actions))
     batch = phase0.rollout(game, agent, args, torch.Generator().manual_seed(1))
-    steps = 51 if task == "local-vol" else 51 - FIRST_DATE
-    assert batch.actions.shape == (steps * 4 * 20, 1)
+    steps = 51 - FIRST_DATE if task == "exotic" else 51
+    size = game.action_size
+    assert batch.actions.shape == (steps * 4 * 20, size)
     assert batch.observations.isfinite().all()
     # what is learnt from is what was played
-    for t, (actions, recorded) in enumerate(zip(played[-steps:], batch.actions.view(steps, 4, 20), strict=True)):
+    for t, (actions, recorded) in enumerate(zip(played[-steps:], batch.actions.view(steps, 4, 20, size), strict=True)):
         assert all(torch.isin(recorded[b], actions[b]).all() for b in range(4)), t
     advantages = batch.advantages.view(steps, 4, 20)
     torch.testing.assert_close(advantages.mean(1), torch.zeros(steps, 20), atol=1e-4, rtol=0)
-    noise = ((batch.actions - batch.means) / args.exploration_std).view(steps, 4, 20)
+    noise = ((batch.actions - batch.means) / args.exploration_std).view(steps, 4, 20, size)
     torch.testing.assert_close(noise[:, :2], -noise[:, 2:], atol=2e-3, rtol=0)
     assert noise.std().item() == pytest.approx(1, abs=0.1)
     game.step = step
     alone = game.like(num_runs=1)
-    alone.start(game.shocks, None)
+    alone.start(game.shocks, game.own_shocks)
     for _ in range(51):
         agent.stepper(alone)(alone)
     torch.testing.assert_close(alone.log_spots[-1][0], game.log_spots[-1][-1], atol=1e-5, rtol=0)
@@ -202,6 +294,17 @@ def test_evaluate_repeats_the_benchmark_and_takes_another_smile(main):
         main("--beside", first, task="exotic")
     other = main("--evaluate", first, "--smile", "sp500-2024")
     assert json.loads((other / "benchmark.json").read_text())["settings"]["days"] == 40
+
+
+def test_the_example_of_quotes():
+    """benchmarks/steep_smile.csv is the default surface with ρ = −0.7, and free of arbitrage."""
+    surface, fits = quotes.load(str(ROOT / "benchmarks" / "steep_smile.csv"))
+    steep = replace(smiles.SURFACES["sp500-2018"], rho=-0.7)
+    for fit in fits:
+        k = smiles.moneyness_grid(steep, fit.maturity, torch.linspace(-2.5, 1.5, 9))
+        error = surface.implied_volatility(k, fit.maturity) - steep.implied_volatility(k, fit.maturity)
+        assert 100 * error.abs().max() < 0.03
+    assert [round(252 * fit.maturity) for fit in fits] == [5, 10, 15, 21, 30, 40, 51]
 
 
 def test_a_smile_of_ones_own(main, tmp_path, capsys):
@@ -248,9 +351,9 @@ def test_preset_gives_way_to_other_flags(main):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "american"], "--task is 'american' (one of local-vol, exotic)"),
+        (["--task", "american"], "--task is 'american' (one of local-vol, exotic, slv)"),
         (["--state", "global"], "--state is 'global' (one of local, non-path-dependent, path-dependent)"),
-        (["--smile", "nowhere.csv"], "--smile is 'nowhere.csv' (one of sp500-2018, sp500-2018-slices, sp500-2024, or"),
+        (["--smile", "nowhere.csv"], "--smile is 'nowhere.csv' (one of sp500-2018, sp500-2018-slices, sp500-2024, h"),
         (["--num-steps", "20"], "--num-steps is 20 (at least 22, at most 504)"),
         (["--num-steps", "60"], "--num-steps is 60 (at least 22, at most 51, the last maturity)"),
         (["--num-runs", "1"], "--num-runs is 1 (at least 2 with --baseline runs)"),
@@ -266,7 +369,15 @@ def test_preset_gives_way_to_other_flags(main):
         (["--exploration-std", "0"], "--exploration-std is 0.0 (more than 0)"),
         (["--clip-coef", "2"], "--clip-coef is 2.0 (more than 0, at most 1)"),
         (["--eval-paths", "10"], "--eval-paths is 10 (at least 1000"),
-        (["--task", "exotic", "--interpolation", "linear"], "--interpolation linear needs --state local"),
+        (["--task", "exotic", "--act-before-t1", "--interpolation", "linear"], "--interpolation linear is for states"),
+        (["--steps-per-day", "9"], "--steps-per-day is 9 (at least 1, at most 8)"),
+        (["--neighbours", "2"], "--neighbours is for --interpolation nearest"),
+        (["--task", "exotic", "--neighbours", "99"], "--neighbours is 99 (at least 1, at most 60)"),
+        (["--task", "slv"], "--task slv needs --smile heston"),
+        (["--task", "slv", "--smile", "heston", "--state", "local"], "--task slv needs a --state with the last"),
+        (["--task", "slv", "--smile", "heston", "--reward", "difference"], "--task slv is for --reward shared"),
+        (["--heston", "0.04", "0.04", "4", "0.5", "0"], "--heston is for --smile heston"),
+        (["--smile", "heston", "--heston", "0.04", "0", "4", "0.5", "0"], "--heston has 0 (at least 0.0001, at most"),
         (["--action-map", "stochastic"], "--action-map stochastic needs a --state with the last volatility"),
         (["--beside", "runs/x"], "--beside is for --task exotic"),
         (["--strikes", "1.0"], "--strikes is for --task exotic"),
