@@ -124,7 +124,7 @@ def learnt(tmp_path, iterations, **settings):
         "average": 1.0,
     }
     length = {"num_iterations": iterations, "num_evaluations": 1}
-    args = phase0.Args(**fast, **length, reference="none", save_model=False, **settings)
+    args = phase0.Args(**{**fast, **length, **settings}, save_model=False)
     args.fill()
     args.check()
     phase0.train(PHASE.run(args, tmp_path), phase0.make_game(args, smiles.SURFACES[args.smile], CPU))
@@ -143,8 +143,8 @@ def test_training_makes_the_bermudan_cheaper(reward, tmp_path, monkeypatch):
 def test_training_fits_forward_starts(tmp_path, monkeypatch):
     """The first steps from η = 2 and ρ = 0 to the model's 1.25 and −0.7."""
     monkeypatch.setattr(judging, "VALIDATION_PATHS", 2**14)
-    rows = learnt(tmp_path, 12, task="slv", smile="heston", num_basis=8, exploration_std=0.5, target_kl=0.05)
-    assert rows[-1]["charts/forward_rmse"] < 0.9 * rows[0]["charts/forward_rmse"]
+    rows = learnt(tmp_path, 16, task="slv", smile="heston", num_basis=8, exploration_std=0.5, target_kl=0.05)
+    assert rows[-1]["charts/forward_rmse"] < 0.95 * rows[0]["charts/forward_rmse"]
     assert max(row["charts/rmse"] for row in rows) < 0.5
 
 
@@ -418,7 +418,7 @@ def test_copy_and_modify(script, tmp_path):
     """Another network, and another reward: what a market is made of is the policy's own."""
     shutil.copytree(ROOT / "envs", tmp_path / "copy" / "envs")
     text = (ROOT / PHASE.script).read_text()
-    for old, new in {"nn.Tanh()": "nn.SiLU()", "rewards = game.shared_": "rewards = 2.0 * game.shared_"}.items():
+    for old, new in {"nn.Tanh()": "nn.SiLU()", "rewards = game.shared_rewards(explored)": "rewards = 2.0 * game.shared_rewards(explored)"}.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
     (tmp_path / "copy" / "my_idea.py").write_text(text)
