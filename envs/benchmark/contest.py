@@ -25,25 +25,32 @@ def play(env: HedgingEnv | AgainstRivals, policy: Policy) -> Episodes:
     """
     if isinstance(env, AgainstRivals):
         policy = in_market(policy, env.env)
+    reward, info = _episode(env, policy)
+    earned = info["income"] + info["wealth_change"]
+    measures = {
+        "objective": reward,
+        "objective_centred": reward - info.get("noise", earned),
+        "pnl": earned - info["cost"],
+        **{name: info[name] for name in SUMMED if name in info},
+        **{name: info[name].abs() / env.num_steps for name in AVERAGED if name in info},
+    }
+    return {name: value.sum(0).double().cpu().numpy() for name, value in measures.items()}
+
+
+def _episode(env: HedgingEnv | AgainstRivals, policy: Policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Rewards and `info` of all steps of the environment's current market, (num_steps, num_envs)."""
     observation, _ = env.replay()
-    sums: dict[str, torch.Tensor] = {}
-
-    def add(name: str, value: torch.Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
-
+    if isinstance(env, HedgingEnv):
+        for _ in range(env.num_steps):
+            observation = env.advance(policy(observation))
+        return env.settle()
+    rewards = []
+    infos = []
     for _ in range(env.num_steps):
         observation, reward, _, _, info = env.step(policy(observation))
-        earned = info["income"] + info["wealth_change"]
-        add("objective", reward)
-        add("objective_centred", reward - info.get("noise", earned))
-        add("pnl", earned - info["cost"])
-        for name in SUMMED:
-            if name in info:
-                add(name, info[name])
-        for name in AVERAGED:
-            if name in info:
-                add(name, info[name].abs() / env.num_steps)
-    return {name: value.double().cpu().numpy() for name, value in sums.items()}
+        rewards.append(reward)
+        infos.append(info)
+    return torch.stack(rewards), {name: torch.stack([info[name] for info in infos]) for name in infos[0]}
 
 
 def play_fresh(env, contestants: Mapping[str, Policy], episodes: int, seed: int) -> dict[str, Episodes]:

@@ -124,6 +124,32 @@ class MarketEnv(VectorEnv):
         if self.t >= self.num_steps:
             raise RuntimeError("the episode is over (or never began): call reset()")
 
+    def advance(self, actions: Tensor) -> Tensor:
+        """Trades and moves the market: actions → the next observation. What it earned is left to `settle`.
+
+        Raises:
+            RuntimeError: the episode is over; call `reset`.
+        """
+        raise NotImplementedError
+
+    def settle(self, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards and `info` of the last `steps` steps, of all since the start by default: (steps, num_envs, …)."""
+        raise NotImplementedError
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """`advance`, and `settle` for this step: actions → observation, reward, terminated, truncated, info.
+
+        A policy that needs no rewards on the way is faster with `advance` in a loop and one `settle` at the end.
+
+        Raises:
+            RuntimeError: the episode is over; call `reset`.
+        """
+        observation = self.advance(actions)
+        reward, info = self.settle(1)
+        terminated = torch.full((self.num_envs,), self.t == self.num_steps, device=self.device)
+        info = {name: values[0] for name, values in info.items()}
+        return observation, reward[0], terminated, torch.zeros_like(terminated), info
+
     def _join_parts(self) -> None:
         """Sets `blocks`: the observation's parts, with neighbours that are known for all times evaluated and joined."""
         self.blocks = []

@@ -328,7 +328,8 @@ class HedgingEnv(MarketEnv):
         gamma = torch.where(time_to_expiry > 0, greeks.gamma, 0.0)  # ∞ at expiry at the money
         self.gamma = (self.position * gamma).sum(-1)
         self.vega = (self.position * greeks.vega).sum(-1)
-        self.hedged_change = self.book_change - self.delta[:-1] * self.spot.diff(dim=0)
+        self.spot_change = self.spot.diff(dim=0)
+        self.hedged_change = self.book_change - self.delta[:-1] * self.spot_change
         self.hedged_cost = self.cost_rate * self.delta.diff(dim=0).abs() * self.spot[1:]
         self._set_features()
         self._join_parts()
@@ -368,7 +369,8 @@ class HedgingEnv(MarketEnv):
         """Starts the same episodes again: no shares, the initial book bought at its mark, the first orders filled."""
         self.t = 0
         self.holding = torch.zeros_like(self.spot[0])
-        self.cash = self.cash_flow[0]
+        self.trades = []  # shares bought in each step, (n,)
+        self.holdings = []  # shares held after it
         return self.observe(), {}
 
     def _variance(self, observation: Tensor) -> Tensor:
@@ -423,41 +425,53 @@ class HedgingEnv(MarketEnv):
         cost = self.cost_rate * (after - before).abs() * self._spot(observation)
         return self.with_net_delta(observation, after / self.book_scale), cost
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-        """Trades, then moves the market. actions (n, 2) → observation, reward, terminated, truncated (n,), info.
-
-        Raises:
-            RuntimeError: the episode is over; call `reset`.
-        """
+    def advance(self, actions: Tensor) -> Tensor:
         self._check_running()
         t = self.t
         before = self.holding + self.delta[t]
         traded = self.to_band(before, actions) - before
         self.holding = self.holding + traded
-        turnover = traded.abs()
-        cost = self.cost_rate * turnover * self.spot[t]
-        wealth_change = self.holding * (self.spot[t + 1] - self.spot[t]) + self.book_change[t]
-        self.cash = self.cash - traded * self.spot[t] - cost + self.cash_flow[t + 1]
+        self.trades.append(traded)
+        self.holdings.append(self.holding)
         self.t = t + 1
-        done = self.t == self.num_steps
-        if done:  # the last options have been settled; the shares are sold
-            unwinding = self.cost_rate * self.holding.abs() * self.spot[t + 1]
-            cost = cost + unwinding
-            turnover = turnover + self.holding.abs()
-            self.cash = self.cash + self.holding * self.spot[t + 1] - unwinding
+        if self.t == self.num_steps:  # the last options have been settled; the shares are sold
             self.holding = torch.zeros_like(self.holding)
-        reward = self.income[t] + wealth_change - cost - 0.5 * self.risk_aversion * wealth_change**2
-        terminated = torch.full((self.num_envs,), done, device=self.device)
+        return self.observe()
+
+    def settle(self, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        end = self.t
+        start = end - (end if steps is None else steps)
+        traded = torch.stack(self.trades[start:])
+        holding = torch.stack(self.holdings[start:])
+        turnover = traded.abs()
+        cost = self.cost_rate * turnover * self.spot[start:end]
+        if end == self.num_steps:
+            turnover[-1] += holding[-1].abs()
+            cost[-1] += self.cost_rate * holding[-1].abs() * self.spot[end]
+        income = self.income[start:end]
+        wealth_change = holding * self.spot_change[start:end] + self.book_change[start:end]
+        reward = income + wealth_change - cost - 0.5 * self.risk_aversion * wealth_change.square()
         info = {
             "wealth_change": wealth_change,
-            "income": self.income[t],
+            "income": income,
             "cost": cost,
             "turnover": turnover,
-            "net_delta": before + traded,
-            "hedged_change": self.hedged_change[t],
-            "hedged_cost": self.hedged_cost[t],
+            "net_delta": holding + self.delta[start:end],
+            "hedged_change": self.hedged_change[start:end],
+            "hedged_cost": self.hedged_cost[start:end],
         }
-        return self.observe(), reward, terminated, torch.zeros_like(terminated), info
+        return reward, info
+
+    @property
+    def cash(self) -> Tensor:
+        """(n,) from all trades and cash flows so far, costs paid."""
+        cash = self.cash_flow[: self.t + 1].sum(0)
+        if self.t > 0:
+            _, info = self.settle()
+            cash = cash - (torch.stack(self.trades) * self.spot[: self.t]).sum(0) - info["cost"].sum(0)
+        if self.t == self.num_steps:
+            cash = cash + self.holdings[-1] * self.spot[-1]
+        return cash
 
     @property
     def wealth(self) -> Tensor:

@@ -55,6 +55,30 @@ def test_wealth_is_cash_plus_marked_positions(name):
     assert (env.holding == 0).all()
 
 
+@pytest.mark.parametrize("make_env", [HedgingEnv, book_env])
+def test_settling_the_episode_is_settling_every_step(make_env):
+    """`advance` in a loop and one `settle` give what `step` gives, bitwise."""
+    stepped, advanced = make_env(50, MODELS["heston"]), make_env(50, MODELS["heston"])
+    stepped.reset(seed=2)
+    advanced.reset(seed=2)
+    actions = random_actions(stepped)
+    rewards, infos, steps = play(stepped, actions)
+    for t, action in enumerate(actions):
+        assert torch.equal(advanced.advance(action), steps[t][0])
+        if t == 9:  # on the way too
+            reward, info = advanced.settle(4)
+            assert torch.equal(reward, rewards[6:10])
+            assert torch.equal(info["cost"][0], infos[6]["cost"])
+    reward, info = advanced.settle()
+    assert torch.equal(reward, rewards)
+    assert info.keys() == infos[0].keys()
+    for name, values in info.items():
+        assert torch.equal(values, torch.stack([info[name] for info in infos])), name
+    assert torch.equal(advanced.cash, stepped.cash)
+    with pytest.raises(RuntimeError, match="reset"):
+        advanced.advance(actions[0])
+
+
 def test_reward_is_kolm_ritter():
     env = HedgingEnv(200, risk_aversion=3.0, cost_rate=2e-3, dtype=F64)
     env.reset(seed=0)
