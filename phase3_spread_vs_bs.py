@@ -195,7 +195,7 @@ class Agent(nn.Module):
             action = classic(observation)
             observed.append(observation)
             acted.append(action)
-            observation, *_ = env.step(action)
+            observation = env.advance(action)
         observed = torch.cat(observed)
         acted = torch.cat(acted)
         action = env.env.by_name(acted)
@@ -238,18 +238,25 @@ class Agent(nn.Module):
         band = self.band * common[:, 3:4].exp()
         return torch.cat((half_spreads + up, half_spreads - up, target, band), -1)
 
-    def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised observation, normals (n, actions) → raw action (n, actions), log-probability and value (n,)."""
-        action = self.actor_mean(observation) + self.actor_logstd.exp() * noise
-        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return action, logprob, self.critic(observation)[:, 0]
+    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """Normalised observation, normals (n, actions) → raw action (n, actions)."""
+        return self.actor_mean(observation) + self.actor_logstd.exp() * noise
+
+    def values(self, observations: Tensor) -> Tensor:
+        """Normalised observations (num_steps, n, size) → values (num_steps, n), some thousand rows at a time: more do
+        not fit into the cache of a CPU."""
+        parts = [self.critic(part)[:, 0] for part in observations.flatten(0, 1).split(4096)]
+        return torch.cat(parts).view(observations.shape[:2])
+
+    def log_probability(self, noise: Tensor) -> Tensor:
+        """Of the actions that these normals (…, actions) make, (…)."""
+        return (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def evaluate_actions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observations and raw actions → log-probabilities (n,), entropy (), values (n,)."""
         noise = (action - self.actor_mean(observation)) * torch.exp(-self.actor_logstd)
-        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
         entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.actor_logstd).sum()
-        return logprob, entropy, self.critic(observation)[:, 0]
+        return self.log_probability(noise), entropy, self.critic(observation)[:, 0]
 
     def policy(self, observation: Tensor) -> Tensor:
         """The deterministic policy that is benchmarked: observation (n, size) → environment action."""
@@ -269,31 +276,35 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
-def exploration(num_envs: int, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
-    """Normals (num_envs, actions) of the raw actions. Copies of a market explore in pairs, in opposite directions: what
-    they earn then differs more by what they try than it would with independent noise."""
-    size = len(agent.actor_logstd)
-    device = agent.actor_logstd.device
-    if args.copies == 1:
-        return torch.randn(num_envs, size, generator=generator, device=device)
-    half = torch.randn(num_envs // 2, size, generator=generator, device=device)
-    return torch.stack((half, -half), 1).flatten(0, 1)
+def exploration(env: AgainstRivals, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
+    """Normals (num_steps, num_envs, actions) of the raw actions. Copies of a market explore in pairs, in opposite
+    directions: what they earn then differs more by what they try than it would with independent noise."""
+    shape = (env.num_steps, env.num_envs // min(args.copies, 2), len(agent.actor_logstd))
+    noise = torch.randn(shape, generator=generator, device=agent.actor_logstd.device)
+    return noise if args.copies == 1 else torch.stack((noise, -noise), 2).flatten(1, 2)
 
 
 @torch.no_grad()
 def rollout(env: AgainstRivals, agent: Agent, act, args: Args, generator: torch.Generator) -> Batch:
     """Plays one whole episode in every environment and estimates advantages (GAE; the end is terminal)."""
     observation, _ = env.reset(options={"copies": args.copies})
-    steps = []
-    for _ in range(env.num_steps):
+    noise = exploration(env, agent, args, generator)
+    observations = []
+    actions = []
+    for t in range(env.num_steps):
         normalised = agent.normalise(observation)
-        noise = exploration(env.num_envs, agent, args, generator)
-        action, logprob, value = act(normalised, noise)
-        observation, reward, _, _, info = env.step(agent.to_quote(observation, action))
-        # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
-        # expected edge, no ΔW, and its expected square. The optimum is the same and there is less noise.
-        steps.append((normalised, action, logprob, args.reward_scale * (reward - info["noise"]), value))
-    observations, actions, logprobs, rewards, values = (torch.stack(column) for column in zip(*steps, strict=True))
+        action = act(normalised, noise[t])
+        observation = env.advance(agent.to_quote(observation, action))
+        observations.append(normalised)
+        actions.append(action)
+    rewards, info = env.settle()
+    # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
+    # expected edge, no ΔW, and its expected square. The optimum is the same and there is less noise.
+    rewards = args.reward_scale * (rewards - info["noise"])
+    observations = torch.stack(observations)
+    actions = torch.stack(actions)
+    logprobs = agent.log_probability(noise)
+    values = agent.values(observations)
     advantages = torch.empty_like(rewards)
     next_value = torch.zeros_like(rewards[0])
     advantage = torch.zeros_like(rewards[0])

@@ -244,7 +244,7 @@ class Agent(nn.Module):
                 action = classic(observation)
                 observed.append(observation)
                 acted.append(action)
-                observation, *_ = env.step(action)
+                observation = env.advance(action)
         observed = torch.cat(observed)
         acted = torch.cat(acted)
         action = envs[0].env.by_name(acted)
@@ -307,18 +307,25 @@ class Agent(nn.Module):
         band = self.band * common[:, 3:4].exp()
         return torch.cat((half_spreads + up, half_spreads - up, target, band), -1)
 
-    def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised observation, normals (n, actions) → raw action (n, actions), log-probability and value (n,)."""
-        action = self.actor_mean(observation) + self.actor_logstd.exp() * noise
-        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return action, logprob, self.critic(observation)[:, 0]
+    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """Normalised observation, normals (n, actions) → raw action (n, actions)."""
+        return self.actor_mean(observation) + self.actor_logstd.exp() * noise
+
+    def values(self, observations: Tensor) -> Tensor:
+        """Normalised observations (num_steps, n, size) → values (num_steps, n), some thousand rows at a time: more do
+        not fit into the cache of a CPU."""
+        parts = [self.critic(part)[:, 0] for part in observations.flatten(0, 1).split(4096)]
+        return torch.cat(parts).view(observations.shape[:2])
+
+    def log_probability(self, noise: Tensor) -> Tensor:
+        """Of the actions that these normals (…, actions) make, (…)."""
+        return (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def evaluate_actions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observations and raw actions → log-probabilities (n,), entropy (), values (n,)."""
         noise = (action - self.actor_mean(observation)) * torch.exp(-self.actor_logstd)
-        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
         entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.actor_logstd).sum()
-        return logprob, entropy, self.critic(observation)[:, 0]
+        return self.log_probability(noise), entropy, self.critic(observation)[:, 0]
 
     def policy(self, observation: Tensor) -> Tensor:
         """The deterministic policy that is benchmarked: observation (n, size) → environment action."""
@@ -470,15 +477,12 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
-def exploration(num_envs: int, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
-    """Normals (num_envs, actions) of the raw actions. Copies of a market explore in pairs, in opposite directions: what
-    they earn then differs more by what they try than it would with independent noise."""
-    size = len(agent.actor_logstd)
-    device = agent.actor_logstd.device
-    if args.copies == 1:
-        return torch.randn(num_envs, size, generator=generator, device=device)
-    half = torch.randn(num_envs // 2, size, generator=generator, device=device)
-    return torch.stack((half, -half), 1).flatten(0, 1)
+def exploration(env: QuotingEnv, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
+    """Normals (num_steps, num_envs, actions) of the raw actions. Copies of a market explore in pairs, in opposite
+    directions: what they earn then differs more by what they try than it would with independent noise."""
+    shape = (env.num_steps, env.num_envs // min(args.copies, 2), len(agent.actor_logstd))
+    noise = torch.randn(shape, generator=generator, device=agent.actor_logstd.device)
+    return noise if args.copies == 1 else torch.stack((noise, -noise), 2).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -492,27 +496,34 @@ def rollout(
     n, num_makers = market.num_envs, market.num_makers
     rows = torch.arange(n, device=market.device)
     seats = rows % num_makers
-    others = market.rivals[seats]  # (n, num_makers − 1)
+    # Where the agent is among all makers of all rows, and where the others; and the order that puts both back
+    own = rows * num_makers + seats
+    others = (rows[:, None] * num_makers + market.rivals[seats]).flatten()
+    in_seats = torch.cat((own, others)).argsort()
     observation, _ = market.reset(options={"copies": args.copies})
-    steps = []
-    lead = torch.zeros(n, device=market.device)
-    for _ in range(market.num_steps):
-        own = observation[rows, seats]
-        normalised = agent.normalise(own)
-        noise = exploration(n, agent, args, generator)
-        action, logprob, value = act(normalised, noise)
-        quotes = own.new_empty(n, *market.single_action_space.shape)
-        quotes[rows, seats] = agent.to_quote(own, action)
-        seen = observation[rows[:, None], others].flatten(0, 1)
-        quotes[rows[:, None], others] = opponent(seen).unflatten(0, (n, num_makers - 1))
-        observation, reward, _, _, info = market.step(quotes)
-        # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
-        # expected edge, no ΔW, and its expected square. The optimum is the same and there is less noise.
-        reward = reward - info["noise"]
-        earned = reward[rows, seats]
-        lead = lead + (reward.sum(1) - earned) / (num_makers - 1) - earned
-        steps.append((normalised, action, logprob, args.reward_scale * earned, value))
-    observations, actions, logprobs, rewards, values = (torch.stack(column) for column in zip(*steps, strict=True))
+    noise = exploration(market, agent, args, generator)
+    observations = []
+    actions = []
+    for t in range(market.num_steps):
+        observation = observation.flatten(0, 1)
+        seen = observation[own]
+        normalised = agent.normalise(seen)
+        action = act(normalised, noise[t])
+        quotes = torch.cat((agent.to_quote(seen, action), opponent(observation[others])))
+        observation = market.advance(quotes[in_seats].unflatten(0, (n, num_makers)))
+        observations.append(normalised)
+        actions.append(action)
+    rewards, info = market.settle()
+    # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
+    # expected edge, no ΔW, and its expected square. The optimum is the same and there is less noise.
+    rewards = rewards - info["noise"]
+    earned = rewards.flatten(1)[:, own]
+    lead = ((rewards.sum(-1) - earned) / (num_makers - 1) - earned).sum(0)
+    rewards = args.reward_scale * earned
+    observations = torch.stack(observations)
+    actions = torch.stack(actions)
+    logprobs = agent.log_probability(noise)
+    values = agent.values(observations)
     advantages = torch.empty_like(rewards)
     next_value = torch.zeros_like(rewards[0])
     advantage = torch.zeros_like(rewards[0])

@@ -5,7 +5,7 @@ Each constructor takes the market that it is built for and the strategy's parame
 is applied to a book of options by the book's vega.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -84,16 +84,44 @@ def _residual_variance(env: QuotingEnv, state: QuotingState) -> Tensor:
     return (from_volatility + 0.5 * (volatility / (tau * VOL_POINT)) ** 2 * env.dynamics.dt).mean(-1)
 
 
-def constant_spread(env: QuotingEnv, half_spread: float) -> Maker:
+class AffineMaker(Maker):
+    """A maker whose action is affine in its own book, so that the terms of the public state are all that takes time.
+
+    Args:
+        env: the market that it is made for.
+        terms: public state → action of a maker with nothing (n, actions), and what a net vega of 1 adds to it; of one
+            that does not hedge to the Black–Scholes delta, also what a position of 1 takes off the target net delta,
+            (n, num_options).
+    """
+
+    def __init__(self, env: QuotingEnv, terms: Callable[[QuotingState], Sequence[Tensor]]):
+        super().__init__(env, terms, self._respond)
+
+    def _respond(self, terms: Sequence[Tensor], observation: Tensor) -> Tensor:
+        with_nothing, by_vega, *exposure = terms
+        columns = self.env.columns
+        action = torch.addcmul(with_nothing, observation[:, columns["net vega"]], by_vega)
+        if exposure:
+            hedged = (observation[:, columns["positions"]] * exposure[0]).sum(-1)
+            action[:, self.env.action_columns["target"]] -= hedged
+        return action
+
+
+def _skewed(env: QuotingEnv, half_spread: Tensor, skew: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of an `AffineMaker` from the half-spread, and the skew of a book with a vega of 1; both (n,)."""
+    return env.quote(half_spread), env.quote(torch.zeros_like(skew), skew)
+
+
+def constant_spread(env: QuotingEnv, half_spread: float) -> AffineMaker:
     """The same half-spread, in vol points, whatever is held; Black–Scholes delta hedged every step."""
 
-    def respond(_, observation: Tensor) -> Tensor:
-        return env.quote(torch.full_like(observation[:, 0], half_spread))
+    def terms(state: QuotingState) -> tuple[Tensor, Tensor]:
+        return _skewed(env, torch.full_like(state.spot, half_spread), torch.zeros_like(state.spot))
 
-    return Maker(env, lambda state: [], respond)
+    return AffineMaker(env, terms)
 
 
-def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: float = 1.0) -> Maker:
+def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: float = 1.0) -> AffineMaker:
     """Avellaneda & Stoikov's quotes on the option book; Black–Scholes delta hedged every step.
 
     One unit of inventory is one option of average vega. Its risk is the residual of the hedge (Stoikov & Sağlam 2009),
@@ -110,12 +138,12 @@ def avellaneda_stoikov(env: QuotingEnv, risk_aversion: float, k: float, spread: 
         time_left = (env.num_steps - state.step) * env.dynamics.dt
         arguments = (risk_aversion * vega, _residual_variance(env, state), time_left, k)
         half_spread, skew = avellaneda_stoikov_quotes(1.0 / vega, *arguments)
-        return spread * half_spread, skew
+        return _skewed(env, spread * half_spread, skew)
 
-    return Maker(env, terms, _skewed(env))
+    return AffineMaker(env, terms)
 
 
-def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Maker:
+def glft(env: QuotingEnv, risk_aversion: float, k: float) -> AffineMaker:
     """Guéant, Lehalle & Fernandez-Tapia's quotes far from the end, on the option book; delta hedged every step.
 
     Arguments and units as in `avellaneda_stoikov`; their A is the arrival rate of takers on one side, all options.
@@ -124,22 +152,13 @@ def glft(env: QuotingEnv, risk_aversion: float, k: float) -> Maker:
 
     def terms(state: QuotingState) -> tuple[Tensor, Tensor]:
         vega = env.vegas_at(state).mean(-1)
-        return glft_quotes(1.0 / vega, risk_aversion * vega, _residual_variance(env, state), k, intensity)
+        quotes = glft_quotes(1.0 / vega, risk_aversion * vega, _residual_variance(env, state), k, intensity)
+        return _skewed(env, *quotes)
 
-    return Maker(env, terms, _skewed(env))
-
-
-def _skewed(env: QuotingEnv):
-    """The response of a maker whose terms are the half-spread, and the skew of a book with a vega of 1."""
-
-    def respond(terms: Sequence[Tensor], observation: Tensor) -> Tensor:
-        half_spread, skew = terms
-        return env.quote(half_spread, env.column(observation, "net vega") * skew)
-
-    return respond
+    return AffineMaker(env, terms)
 
 
-def minimum_variance_band(env: QuotingEnv, quotes: Maker, band: float) -> Maker:
+def minimum_variance_band(env: QuotingEnv, quotes: AffineMaker, band: float) -> AffineMaker:
     """The quotes of another maker, hedged to the minimum-variance delta with a no-trade band of ±`band` shares.
 
     The net delta that minimises the variance of the next step is −Σ position · vega · ∂σ/∂S (Hull & White 2017), ∂σ/∂S
@@ -150,12 +169,12 @@ def minimum_variance_band(env: QuotingEnv, quotes: Maker, band: float) -> Maker:
         slope = env.smile.slope(state.step, state.spot / env.initial_spot, state.variance)
         slope = slope[..., env.at_the_money] if env.smile.is_fair else slope
         exposure = env.vegas_at(state) * slope / (VOL_POINT * state.spot[:, None])
-        return *quotes.terms(state), torch.zeros_like(exposure), exposure
+        return *_in_band(env, quotes.terms(state), band), exposure
 
-    return Maker(env, terms, _shifted_and_hedged(env, quotes, band))
+    return AffineMaker(env, terms)
 
 
-def with_the_smile(env: QuotingEnv, quotes: Maker, moves: StepMoves, share: float, band: float) -> Maker:
+def with_the_smile(env: QuotingEnv, quotes: AffineMaker, moves: StepMoves, share: float, band: float) -> AffineMaker:
     """The quotes of another maker, shifted by a share of the way from the reference price to the fair value.
 
     Hedged to the net delta that minimises the variance of the next step at fair values, with a no-trade band.
@@ -167,20 +186,15 @@ def with_the_smile(env: QuotingEnv, quotes: Maker, moves: StepMoves, share: floa
     """
 
     def terms(state: QuotingState) -> tuple[Tensor, ...]:
-        return *quotes.terms(state), share * env.gap_at(state), moves.exposure_at(state)
+        with_nothing, by_vega = _in_band(env, quotes.terms(state), band)
+        shift = share * env.gap_at(state)
+        return with_nothing + env.to_action(ask=shift, bid=-shift), by_vega, moves.exposure_at(state)
 
-    return Maker(env, terms, _shifted_and_hedged(env, quotes, band))
+    return AffineMaker(env, terms)
 
 
-def _shifted_and_hedged(env: QuotingEnv, quotes: Maker, band: float):
-    """The response of a maker whose last terms are what is added to another one's quotes, and what hedges an option."""
-
-    def respond(terms: Sequence[Tensor], observation: Tensor) -> Tensor:
-        *of_quotes, shift, exposure = terms
-        action = env.by_name(quotes.respond(of_quotes, observation))
-        target = -(observation[:, env.columns["positions"]] * exposure).sum(-1)
-        return env.to_action(
-            **{**action, "ask": action["ask"] + shift, "bid": action["bid"] - shift, "target": target, "band": band}
-        )
-
-    return respond
+def _in_band(env: QuotingEnv, terms: Sequence[Tensor], band: float) -> tuple[Tensor, Tensor]:
+    """The quotes in the terms of a maker, in a no-trade band of this width, and nothing of how that maker hedges."""
+    with_nothing, by_vega, *_ = terms
+    with_nothing[:, env.action_columns["band"]] = band
+    return with_nothing, by_vega

@@ -25,7 +25,10 @@ def play(env: HedgingEnv | AgainstRivals, policy: Policy) -> Episodes:
     """
     if isinstance(env, AgainstRivals):
         policy = in_market(policy, env.env)
-    reward, info = _episode(env, policy)
+    observation, _ = env.replay()
+    for _ in range(env.num_steps):
+        observation = env.advance(policy(observation))
+    reward, info = env.settle()
     earned = info["income"] + info["wealth_change"]
     measures = {
         "objective": reward,
@@ -35,22 +38,6 @@ def play(env: HedgingEnv | AgainstRivals, policy: Policy) -> Episodes:
         **{name: info[name].abs() / env.num_steps for name in AVERAGED if name in info},
     }
     return {name: value.sum(0).double().cpu().numpy() for name, value in measures.items()}
-
-
-def _episode(env: HedgingEnv | AgainstRivals, policy: Policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Rewards and `info` of all steps of the environment's current market, (num_steps, num_envs)."""
-    observation, _ = env.replay()
-    if isinstance(env, HedgingEnv):
-        for _ in range(env.num_steps):
-            observation = env.advance(policy(observation))
-        return env.settle()
-    rewards = []
-    infos = []
-    for _ in range(env.num_steps):
-        observation, reward, _, _, info = env.step(policy(observation))
-        rewards.append(reward)
-        infos.append(info)
-    return torch.stack(rewards), {name: torch.stack([info[name] for info in infos]) for name in infos[0]}
 
 
 def play_fresh(env, contestants: Mapping[str, Policy], episodes: int, seed: int) -> dict[str, Episodes]:

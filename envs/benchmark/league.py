@@ -22,7 +22,7 @@ from envs.benchmark.quoting import compare_makers, quoting_contest, quoting_vali
 from envs.benchmark.report import Benchmark, Estimate, Table, estimate, relative_gain
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import Policy
-from envs.market.quoting import QuotingEnv
+from envs.market.quoting import QuotingEnv, rows_last
 from envs.market.rivals import in_market
 from envs.optimum.edges import EdgeTable, best_edge, choice_probability
 from envs.run.seeds import BENCHMARK_SEED, VALIDATION_SEED
@@ -154,15 +154,11 @@ def match(market: QuotingEnv, one: Policy, others: Policy) -> tuple[torch.Tensor
     """Plays the market's current episodes, `one` in the first seat: objectives and fills, each (n, num_makers)."""
     one, others = in_market(one, market), in_market(others, market)
     observation, _ = market.replay()
-    objective = 0.0
-    fills = 0.0
     for _ in range(market.num_steps):
         rest = others(observation[:, 1:].flatten(0, 1)).unflatten(0, (market.num_envs, -1))
-        actions = torch.cat((one(observation[:, 0])[:, None], rest), 1)
-        observation, reward, _, _, info = market.step(actions)
-        objective = objective + reward
-        fills = fills + info["fills"]
-    return objective, fills
+        observation = market.advance(torch.cat((one(observation[:, 0])[:, None], rest), 1))
+    rewards, info = market.settle()
+    return rewards.sum(0), info["fills"].sum(0)
 
 
 def cross_play(market: QuotingEnv, policies: Mapping[str, Policy], episodes: int) -> CrossPlay:
@@ -254,20 +250,20 @@ def competition(market: QuotingEnv, policy: Policy, episodes: int = 4096) -> Com
     best = 0.0
     for t in range(market.num_steps):
         actions = policy(observation.flatten(0, 1)).unflatten(0, (market.num_envs, makers))
-        edges = market.to_edges(actions)  # (n, makers, 2, O)
-        gap = market.gap[t][:, None]  # (n, 1, 2, O)
-        takers = (market.intensity[t][:, :, None] * market.vega[t][:, None])[:, None]  # the same, weighted by vega
+        edges = rows_last(market.to_edges(actions))  # (makers, 2, O, n)
+        gap = rows_last(market.gap[t])  # (2, O, n)
+        takers = market.intensity[t].T[:, None] * market.vega[t].T  # the same, weighted by vega
         agreed = (table.nash(gap), table.monopoly(gap))
         for i, quoted in enumerate((edges, *(x.expand_as(edges) for x in agreed))):
-            sums[i] += (quoted * takers).sum(0).mean(0)
-            picked = sum(share * chosen for share, chosen in market.taker_kinds(quoted))
+            sums[i] += (quoted * takers).sum(-1).mean(0)
+            picked = (market.taker_shares * market.choice_probabilities(quoted)).sum(0)
             earned[i] += ((quoted - gap) * picked * takers).sum()
-        weight += takers.sum(0)[0]
-        rivals = edges[:, market.rivals].movedim(2, -1)  # (n, makers, 2, O, makers − 1)
+        weight += takers.sum(-1)
+        rivals = edges[market.rivals].movedim(1, -1)  # (makers, 2, O, n, makers − 1)
         kinds = (gap, market.informed_share)
         answer = best_edge(rivals, *choice, *kinds)
         best += float((choice_probability(answer, rivals, *choice, *kinds) * (answer - gap) * takers).sum())
-        observation, *_ = market.step(actions)
+        observation = market.advance(actions)
     own, nash, monopoly = earned.tolist()
     gain = (best - own) / max(abs(own), 1e-9)
     return Competition(*(sums / weight).cpu().numpy(), (own - nash) / (monopoly - nash), gain)

@@ -128,7 +128,7 @@ def edge_error(env: AgainstRivals, policy: Policy) -> float:
     total = 0.0
     observation, _ = env.replay()
     for t in range(env.num_steps):
-        observation, *_ = env.step(policy(observation))
+        observation = env.advance(policy(observation))
         rivals = market.edges[:, env.other_seats].movedim(1, -1)
         arguments = (market.choice_sensitivity, market.reference_edge, market.gap[t], market.informed_share)
         best = best_edge(rivals, *arguments)

@@ -303,7 +303,7 @@ class HedgingEnv(MarketEnv):
         return self.replay()
 
     def _paths(self, noise: Tensor) -> tuple[Tensor, ...]:
-        """Normals (n, as many as an episode takes) → what `set_market` takes: spot, variance and, if there are any, orders."""
+        """Normals (n, as many as an episode takes) → what `set_market` takes: spot, variance and any orders."""
         n = len(noise)
         split = self.num_steps * self.dynamics.noise_size
         spot_noise = noise[:, :split].view(n, self.num_steps, self.dynamics.noise_size)

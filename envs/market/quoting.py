@@ -17,7 +17,7 @@ price; most takers compare them with it, and informed ones with the fair value.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -38,6 +38,13 @@ ASK, BID = 0, 1  # takers buy at the ask and sell at the bid: the axis before th
 MAX_FLOW = 0.9  # the order flow's imbalance is cut here, so that some takers come to either side
 ROUNDING = 1e-4  # vol points by which quotes may cross: an edge is the sum of numbers of a few vol points
 MIN_VEGA = 1e-3  # currency per vol point: what is divided by a vega, which vanishes far from the money, is cut here
+ROWS_AT_ONCE = 4096  # rows times steps that are settled together, so that they fit into the cache of a CPU
+# Tables of a market, (num_steps + 1 or num_steps, n, …)
+TABLES = (
+    "spot", "variance", "intensity", "marks", "volatility", "reference", "mark", "delta", "vega", "premium",
+    "gap", "fair_delta", "fair_slope", "scaled_log_spot", "log_volatility", "variance_surprise", "covariance",
+    "next_variance_variance", "return_variance", "residual_sd",
+)  # fmt: skip
 
 
 class BadQuote(ValueError):
@@ -57,6 +64,34 @@ class QuotingState(NamedTuple):
     flow: Tensor  # moving average of takers' buys less sells, per expected taker
     rivals: Tensor  # (n, num_makers − 1, 2, num_options) their last ask and bid edges, vol points
     position: Tensor  # (n, num_options) own, + long
+
+
+class Market(NamedTuple):
+    """What makers and takers meet at one time, the axis of the environments last; at the end there are no takers."""
+
+    seen: list[Tensor | Part]  # the parts of an observation in order, (width, num_makers, n) where they are known
+    of_book: Tensor  # (2, 1, num_options, n) vegas and deltas
+    residual_sd: Tensor  # (n,)
+    utility: Tensor | None  # (kinds, 1, 2, num_options, n) of a quote at the reference price, by kind of takers
+    marks: Tensor | None  # (max_takers, 1, 1, 2, num_options, n)
+    before: Tensor | None  # (2, num_options, n) how many marks come before those of the last kind
+
+
+class Trades(NamedTuple):
+    """What the makers did in a step, the axis of the environments last: all that `settle` needs of it."""
+
+    edges: Tensor  # (num_makers, 2, num_options, n)
+    picked: Tensor  # the same: probability that a taker picks the maker
+    fills: Tensor  # the same: takers who traded with the maker
+    position: Tensor  # (num_makers, num_options, n) after the fills
+    traded: Tensor  # (num_makers, n) shares bought
+    holding: Tensor  # (num_makers, n) shares after that
+
+
+def rows_last(values: Tensor, rows: int = 0) -> Tensor:
+    """`values` with the axis `rows`, that of the environments, moved to the end, in memory too. The other axes of a
+    market are short, and a CPU is many times faster along a long one."""
+    return values.movedim(rows, -1).contiguous()
 
 
 def moneyness_grid(moneyness: Sequence[float], expiries: Sequence[int], dt: float, spot: float = 100.0) -> list[Option]:
@@ -123,8 +158,11 @@ class QuotingEnv(MarketEnv):
     ΔW, a martingale difference as options are worth their fair values; and what ½ΔW² is above its expectation, to first
     order in spot and variance. The reward without it has the same optimum and far less variance.
 
-    There is no autoreset (`AutoresetMode.DISABLED`). Each step checks its actions; on a GPU their shape alone, because
-    what is in them would have to be waited for. NaN shows up in the rewards there.
+    `step` is two things, for those who play whole episodes: `advance` does only what the next action needs, and at the
+    end `settle` says what all steps earned.
+
+    There is no autoreset (`AutoresetMode.DISABLED`). `step` checks its actions, `settle` those of all steps; on a GPU
+    their shape alone, because what is in them would have to be waited for. NaN shows up in the rewards there.
 
     Raises:
         ValueError: an argument outside its range; `BadQuote`, which is one, an action that is NaN or whose quotes cross
@@ -180,13 +218,21 @@ class QuotingEnv(MarketEnv):
         # More takers than this on one option and side in a step would come once in a million, in the busiest flow
         busiest = arrival_rate * (1.0 + (MAX_FLOW if flow_sd > 0 else 0.0))
         self.max_takers = max(1, int(poisson.isf(1e-6, busiest)))
+        # The kinds of takers, the informed first, and their shares of the marks, (kinds, 1, …)
+        self.takers = {"informed": self.informed_share, "others": 1.0 - self.informed_share}
+        self.takers = {kind: share for kind, share in self.takers.items() if share > 0}
+        shares = torch.tensor(list(self.takers.values()), device=self.device, dtype=dtype).view(-1, 1, 1, 1, 1)
+        self.taker_shares = shares
+        self.first_marks = shares.cumsum(0) - shares
         self._set_options()
-        self._set_times()
+        self._set_clock()
         seats = torch.arange(num_makers, device=self.device)
         self.rivals = (seats[:, None] + seats[1:]) % num_makers  # of each seat, next seat first
         self.maker_observation_space, self.maker_action_space = self._read_tables()
         batch = gym.vector.utils.batch_space
         self._set_spaces(batch(self.maker_observation_space, num_makers), batch(self.maker_action_space, num_makers))
+        kinds = len(self.takers)
+        self._below = self.taker_shares.new_empty(self.max_takers, kinds, num_makers, 2, self.num_options, num_envs)
         self.markets = 0  # how many it has had
         self._close_episode()
 
@@ -269,7 +315,7 @@ class QuotingEnv(MarketEnv):
         by_spot = by_log_spot / (self.initial_spot * spot[..., None])
         return self.strike[:, None] * torch.stack((premium, by_spot, by_variance), -1)
 
-    def _set_times(self) -> None:
+    def _set_clock(self) -> None:
         """The times 0 … num_steps, (num_steps + 1,), and what is left to the options' expiry, (…, 1 or num_options)."""
         steps = torch.arange(self.num_steps + 1, device=self.device)
         self.times = steps.to(self.dtype)
@@ -299,9 +345,9 @@ class QuotingEnv(MarketEnv):
             "log implied volatility": path(lambda env: env.log_volatility),
             "net vega": Part(1, lambda env: env.net_vega[..., None]),
             "net delta": Part(1, lambda env: env.net_delta[..., None]),
-            "vega risk": Part(1, lambda env: (env.net_vega * env.residual_sd[env.t][:, None])[..., None]),
+            "vega risk": Part(1, lambda env: (env._net_vega * env.at[env.t].residual_sd).T[..., None]),
             "order flow": Part(1, lambda env: env.flow[:, None, None]),
-            "rival edges": Part(2 * rivals * self.num_options, lambda env: env.edges[:, env.rivals].flatten(2)),
+            "rival edges": Part(2 * rivals * self.num_options, lambda env: env.rival_edges),
             "positions": Part(self.num_options, lambda env: env.position),
         }
         if self.privileged:
@@ -365,10 +411,7 @@ class QuotingEnv(MarketEnv):
         spot, variance = self.dynamics.simulate(of_underlying.view(n, steps, per_step), self.initial_spot)
         flow = self._autoregression(of_flow)
         intensity = self.arrival_rate * torch.stack((1.0 + flow, 1.0 - flow), -1)  # (n, steps, 2)
-        paths = (spot, variance, intensity, self._marks(of_takers, intensity))
-        if copies > 1:
-            paths = (x.repeat_interleave(copies, 0) for x in paths)
-        self.set_market(*paths)
+        self.set_market(spot, variance, intensity, self._marks(of_takers, intensity), copies)
         return self.replay()
 
     def _autoregression(self, noise: Tensor) -> Tensor:
@@ -387,28 +430,48 @@ class QuotingEnv(MarketEnv):
         They are a Poisson process of this intensity: the gaps are exponential. Takers beyond 1 do not arrive.
         """
         # In place: an episode has thousands
-        gaps = normal_cdf(noise).clamp_(min=torch.finfo(self.dtype).tiny).log_().neg_()
-        marks = gaps.view(len(noise), self.num_steps, 2, self.num_options, self.max_takers).cumsum(-1)
-        return marks.div_(intensity[..., None, None])
+        gaps = normal_cdf(rows_last(noise)).clamp_(min=torch.finfo(self.dtype).tiny).log_().neg_()
+        marks = gaps.view(self.num_steps, 2, self.num_options, self.max_takers, -1).cumsum(3)
+        return marks.div_(rows_last(intensity)[:, :, None, None]).movedim(-1, 0)
 
-    def set_market(self, spot: Tensor, variance: Tensor, intensity: Tensor, marks: Tensor) -> None:
+    def set_market(self, spot: Tensor, variance: Tensor, intensity: Tensor, marks: Tensor, copies: int = 1) -> None:
         """Replaces the market by a given one; `replay` then starts on it.
 
         Computes all that does not depend on actions, for all times at once, stored time first: (num_steps + 1, n, …).
 
         Args:
-            spot, variance: (n, num_steps + 1).
-            intensity: (n, num_steps, 2) mean number of takers who buy and who sell, on each option.
-            marks: (n, num_steps, 2, num_options, max_takers) of the takers, increasing; beyond 1: none.
+            spot, variance: (n/copies, num_steps + 1).
+            intensity: (n/copies, num_steps, 2) mean number of takers who buy and who sell, on each option.
+            marks: (n/copies, num_steps, 2, num_options, max_takers) of the takers, increasing; beyond 1: none.
+            copies: this many neighbouring rows get each of these markets.
         """
         self.spot = spot.T.contiguous()
         self.variance = variance.T.clamp(min=MIN_VARIANCE).contiguous()
         self.intensity = intensity.transpose(0, 1)
-        self.marks = marks.transpose(0, 1).contiguous()
+        self.marks = marks.transpose(0, 1)
         self._value_options()
         self._set_moments()
+        for name in TABLES:
+            table = rows_last(getattr(self, name), 1).repeat_interleave(copies, -1)
+            setattr(self, name, table.movedim(-1, 1))
         self._join_parts()
+        self._set_times()
         self.markets += 1
+
+    def _set_times(self) -> None:
+        """Sets `at`, the market at each time."""
+        shape = (-1, -1, self.num_makers, self.num_envs)
+        seen = [x if isinstance(x, Part) else x.transpose(1, 3).expand(shape).contiguous() for x in self.blocks]
+        seen = [[x if isinstance(x, Part) else x[t] for x in seen] for t in range(self.num_steps + 1)]
+        of_book = torch.stack((self.vega, self.delta), 1).transpose(-1, -2)[:, :, None].contiguous()
+        gap = self.gap[:-1].movedim(1, -1)
+        noticed = {"informed": gap, "others": torch.zeros_like(gap)}  # what takers take off an edge
+        noticed = torch.stack([noticed[kind] for kind in self.takers], 1)[:, :, None]
+        utility = self.choice_sensitivity * (noticed + self.reference_edge)
+        marks = self.marks.movedim(1, -1).movedim(3, 1)
+        before = (marks < self.first_marks[-1].squeeze()).sum(1, dtype=self.dtype)
+        tables = (seen, of_book, self.residual_sd, utility, marks[:, :, None, None], before)
+        self.at = [Market(*now) for now in zip_longest(*tables)]
 
     def _value_options(self) -> None:
         """Prices and Greeks of the options, moneyness and implied volatility of the observation."""
@@ -434,7 +497,7 @@ class QuotingEnv(MarketEnv):
         self.log_volatility = torch.log(self.volatility / REFERENCE_VOLATILITY)
 
     def _set_moments(self) -> None:
-        """Moments of each step's spot and variance, for the vega risk and for `_surprise`."""
+        """Moments of each step's spot and variance, for the vega risk and for `_penalty_surprise`."""
         dynamics = self.dynamics
         mean, self.next_variance_variance = dynamics.next_variance_moments(self.variance)
         self.variance_surprise = self.variance[1:] - mean[:-1]
@@ -446,20 +509,93 @@ class QuotingEnv(MarketEnv):
     def replay(self) -> tuple[Tensor, dict]:
         """Starts the same episodes again, every maker with nothing. Returns observation and an empty info."""
         tensor = {"device": self.device, "dtype": self.dtype}
-        shape = (self.num_envs, self.num_makers)
+        makers = self.num_makers
+        options = self.num_options
+        n = self.num_envs
         self.t = 0
-        self.holding = torch.zeros(shape, **tensor)
-        self.cash = torch.zeros(shape, **tensor)
-        self.flow = torch.zeros(self.num_envs, **tensor)
-        self.position = torch.zeros((*shape, self.num_options), **tensor)
-        self.edges = torch.full((*shape, 2, self.num_options), self.reference_edge, **tensor)
+        self.flow = torch.zeros(n, **tensor)
+        # The rows last, see `rows_last`; everybody else sees them first, by the properties below
+        self._holding = torch.zeros(makers, n, **tensor)
+        self._position = torch.zeros(makers, options, n, **tensor)
+        self._edges = torch.full((makers, 2, options, n), self.reference_edge, **tensor)
+        self._cash = torch.zeros(makers, n, **tensor)
+        self._booked = 0  # steps whose trades are in the cash
+        self.trades: list[Trades] = []
+        self.actions: list[Tensor] = []
         return self.observe(), {}
+
+    @property
+    def position(self) -> Tensor:
+        """(n, num_makers, num_options) options, + long."""
+        return self._position.movedim(-1, 0)
+
+    @property
+    def holding(self) -> Tensor:
+        """(n, num_makers) shares."""
+        return self._holding.T
+
+    @property
+    def net_vega(self) -> Tensor:
+        """(n, num_makers) of the options when last observed, currency per vol point."""
+        return self._net_vega.T
+
+    @property
+    def net_delta(self) -> Tensor:
+        """(n, num_makers) of shares and options when last observed."""
+        return self._net_delta.T
+
+    @property
+    def edges(self) -> Tensor:
+        """(n, num_makers, 2, num_options) last quoted, vol points."""
+        return self._edges.movedim(-1, 0)
+
+    @property
+    def rival_edges(self) -> Tensor:
+        """(n, num_makers, …) of every maker's rivals, next seat first and of each the asks first."""
+        edges = self._edges.flatten(1, 2).index_select(0, self.rivals.T.flatten())
+        return edges.unflatten(0, self.rivals.T.shape).permute(3, 1, 0, 2).flatten(2)
+
+    @property
+    def fills(self) -> Tensor:
+        """(n, num_makers, 2, num_options) takers who traded in the last step."""
+        return self.trades[-1].fills.movedim(-1, 0)
+
+    @property
+    def cash(self) -> Tensor:
+        """(n, num_makers) received for options and shares less paid for them, and the costs of hedging."""
+        if self._booked < len(self.trades):
+            now = slice(self._booked, len(self.trades))
+            trades = self._trades_of(now)
+            _, info = self._settle(now)
+            bought = trades.fills[:, :, BID] - trades.fills[:, :, ASK]
+            paid = (bought * self._table("mark", now)).sum(2) + trades.traded * self._table("spot", now)
+            self._cash = self._cash + (info["income"] - info["cost"] - paid).sum(0)
+            if now.stop == self.num_steps:  # the shares are sold
+                self._cash = self._cash + trades.holding[-1] * self.spot[-1]
+            self._booked = now.stop
+        return self._cash.T
+
+    @property
+    def wealth(self) -> Tensor:
+        """(n, num_makers) cash + shares + options at their fair value, costs paid."""
+        options = (self.position * self.mark[self.t][:, None]).sum(-1)
+        return self.cash + self.holding * self.spot[self.t][:, None] + options
 
     def observe(self) -> Tensor:
         """Observation (n, num_makers, size) of the current state, each maker from its own seat."""
-        self.net_vega = (self.position * self.vega[self.t][:, None]).sum(-1)
-        self.net_delta = self.holding + (self.position * self.delta[self.t][:, None]).sum(-1)
-        return super().observe()
+        now = self.at[self.t]
+        self._net_vega, option_delta = (now.of_book * self._position).sum(2)
+        self._net_delta = self._holding + option_delta
+        shape = (self.num_envs, self.num_makers)
+        values = []
+        for part in now.seen:
+            if isinstance(part, Part):
+                value = part.values(self)
+                value = value if value.shape[:2] == shape else value.expand(*shape, -1)
+                values.append(value.permute(2, 1, 0))
+            else:
+                values.append(part)
+        return torch.cat(values).permute(2, 1, 0)
 
     def decode(self, observation: Tensor) -> QuotingState:
         """Observation of one maker (n, size) → its natural units."""
@@ -521,139 +657,162 @@ class QuotingEnv(MarketEnv):
         return torch.stack((action["ask"], action["bid"]), -2)
 
     def choice_probabilities(self, edges: Tensor) -> Tensor:
-        """P(a taker picks each maker): edges (n, num_makers, …) in vol points → the same shape; the rest walk away."""
-        utility = -self.choice_sensitivity * (edges - self.reference_edge)
-        most = utility.amax(1, keepdim=True).clamp(min=0)  # taken off, so that nothing overflows
-        odds = (utility - most).exp()
-        return odds / (odds.sum(1, keepdim=True) + (-most).exp())
+        """P(a taker of each kind picks each maker) in this step; the rest walk away. The informed come first.
 
-    def taker_kinds(self, edges: Tensor) -> list[tuple[float, Tensor]]:
-        """The kinds of takers: their share, and P(one of them picks each maker) at edges (n, num_makers, 2,
-        num_options) in this step. The informed come first."""
-        kinds = []
-        if self.informed_share > 0:
-            over_fair_value = edges - self.gap[self.t][:, None]
-            kinds.append((self.informed_share, self.choice_probabilities(over_fair_value)))
-        if self.informed_share < 1:
-            kinds.append((1.0 - self.informed_share, self.choice_probabilities(edges)))
-        return kinds
+        Args:
+            edges: (num_makers, 2, num_options, n), vol points.
 
-    def _fills(self, edges: Tensor, kinds: list[tuple[float, Tensor]]) -> Tensor:
-        """Number of takers who trade with each maker, (n, num_makers, 2, num_options)."""
-        # The best price has the first interval of marks, the next the second, …
-        order = _best_first(edges)
-        ends = []
-        first = 0.0  # where the kind's marks begin
-        for share, probabilities in kinds:
-            ends.append(torch.full_like(probabilities[:, :1], first))
-            ends.append(first + share * probabilities.gather(1, order).cumsum(1))
-            first += share
-        ends = torch.cat(ends, 1).movedim(1, -1).contiguous()
-        below = torch.searchsorted(self.marks[self.t], ends).to(self.dtype).movedim(-1, 1)
-        served = below.unflatten(1, (len(kinds), -1)).diff(dim=2).sum(1)
-        return torch.zeros_like(served).scatter(1, order, served)
+        Returns:
+            (kinds, num_makers, 2, num_options, n).
+        """
+        utility = torch.sub(self.at[self.t].utility, edges, alpha=self.choice_sensitivity)
+        most = utility.amax(1, keepdim=True).clamp_(min=0)  # taken off, so that nothing overflows
+        odds = utility.sub_(most).exp_()
+        return odds.div_(odds.sum(1, keepdim=True).add_(most.neg_().exp_()))
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-        """Quotes, fills, hedges, then moves the market.
+    def _fills(self, edges: Tensor, probabilities: Tensor) -> Tensor:
+        """Number of takers who trade with each maker, (num_makers, 2, num_options, n); see `choice_probabilities`."""
+        now = self.at[self.t]
+        # On the marks of a kind of takers the best price has the first interval, the next the second, …
+        if self.num_makers == 2:  # without the general sort, which takes long
+            swapped = edges[1] < edges[0]
+            one, other = probabilities.unbind(1)
+            ends = torch.stack((torch.where(swapped, other, one), one + other), 1)
+        else:
+            order = edges.argsort(dim=0, stable=True)  # the lower seat first where they are alike
+            ends = probabilities.gather(1, order.expand_as(probabilities)).cumsum(1)
+        ends = torch.addcmul(self.first_marks, self.taker_shares, ends)
+        # As numbers at once, into memory that is there: both save most of the time
+        below = torch.lt(now.marks, ends, out=self._below).sum((0, 1))
+        below.sub_(now.before)
+        if self.num_makers == 2:
+            best, both = below
+            first = torch.where(swapped, both - best, best)
+            return torch.stack((first, both - first))
+        served = below.diff(dim=0, prepend=torch.zeros_like(below[:1]))
+        return torch.zeros_like(served).scatter(0, order, served)
+
+    def advance(self, actions: Tensor) -> Tensor:
+        """Quotes, fills, hedges, then moves the market. What was earned is left to `settle`.
 
         Args:
             actions: (n, num_makers, actions), see the class.
 
         Returns:
-            observation (n, num_makers, size), reward (n, num_makers), terminated and truncated (n,), info.
+            observation (n, num_makers, size).
 
         Raises:
             RuntimeError: the episode is over; call `reset`.
-            BadQuote: actions of another shape; on a CPU, one that is not finite, or quotes that cross.
+            BadQuote: actions of another shape.
+        """
+        self._check_running()
+        self._check_shape(actions)
+        target, band = (actions[..., self.action_columns[name]].T for name in ("target", "band"))
+        self._edges = rows_last(self.to_edges(actions))
+        probabilities = self.choice_probabilities(self._edges)
+        fills = self._fills(self._edges, probabilities)
+        bought = fills[:, BID] - fills[:, ASK]
+        self._position = self._position + bought
+        imbalance = bought.sum((0, 1)) / (-2.0 * self.num_options * self.arrival_rate)  # what takers bought
+        self.flow = torch.lerp(imbalance, self.flow, self.flow_persistence)
+        before = (self._position * self.at[self.t].of_book[1]).sum(1).add_(self._holding)
+        traded = nearest_in_band(before, target, band) - before
+        self._holding = self._holding + traded
+        picked = (self.taker_shares * probabilities).sum(0)
+        self.trades.append(Trades(self._edges, picked, fills, self._position, traded, self._holding))
+        self.actions.append(actions)
+        self.t += 1
+        if self.t == self.num_steps:  # the shares are sold; the options stay in the book, at their mark
+            self._holding = torch.zeros_like(self._holding)
+        return self.observe()
+
+    def settle(self, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards and `info` of the last `steps` steps, of all since the start by default: (steps, n, num_makers).
+
+        Raises:
+            BadQuote: on a CPU, an action that is not finite, or quotes that cross.
+        """
+        start = 0 if steps is None else self.t - steps
+        at_once = max(1, ROWS_AT_ONCE // self.num_envs)
+        parts = []
+        for first in range(start, self.t, at_once):
+            now = slice(first, min(first + at_once, self.t))
+            if self.device.type == "cpu":
+                self._check(torch.stack(self.actions[now]), first)
+            parts.append(self._settle(now))
+        rewards, infos = zip(*parts, strict=True)
+        info = {name: torch.cat([info[name] for info in infos]).transpose(1, 2) for name in infos[0]}
+        return torch.cat(rewards).transpose(1, 2), info
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """`advance`, and `settle` for this step; on a CPU nothing happens if the actions are bad.
+
+        Returns:
+            observation (n, num_makers, size), reward (n, num_makers), terminated and truncated (n,), info.
         """
         self._check_running()
         self._check_shape(actions)
         if self.device.type == "cpu":
-            self._check(actions)
-        action = self.by_name(actions)
-        t = self.t
-        self.edges = self.to_edges(actions)
-        income, expected_income = self._trade_with_takers()
-        option_delta = self.position * self.delta[t][:, None]
-        vega = (self.position * self.vega[t][:, None]).sum(-1)
-        net_delta, turnover, cost = self._hedge(option_delta.sum(-1), action["target"], action["band"])
-        move = (self.spot[t + 1] - self.spot[t])[:, None]
-        wealth_change = self.holding * move + (self.position * (self.mark[t + 1] - self.mark[t])[:, None]).sum(-1)
-        noise = income - expected_income + wealth_change - self._penalty_surprise(move)
-        self.t = t + 1
-        done = self.t == self.num_steps
-        if done:
-            shares_sold, unwinding = self._unwind()
-            turnover = turnover + shares_sold
-            cost = cost + unwinding
-        reward = income + wealth_change - cost - 0.5 * self.risk_aversion * wealth_change**2
-        terminated = torch.full((self.num_envs,), done, device=self.device)
+            self._check(actions[None], self.t)
+        return super().step(actions)
+
+    def _trades_of(self, now: slice) -> Trades:
+        """The trades of these steps, (steps, …)."""
+        return Trades(*(torch.stack(values) for values in zip(*self.trades[now], strict=True)))
+
+    def _table(self, name: str, now: slice, later: int = 0) -> Tensor:
+        """A table of the market at these steps or later, with an axis for the makers: (steps, 1, …, n)."""
+        return getattr(self, name)[now.start + later : now.stop + later].movedim(1, -1)[:, None]
+
+    def _settle(self, now: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """`settle` for these steps, the environments last: (steps, num_makers, n)."""
+        edges, picked, fills, position, traded, holding = self._trades_of(now)
+        spot = self._table("spot", now)
+        half_spread = edges.mean((2, 3))
+        sold, bought = fills.sum(3).unbind(2)
+        of_maker = sold + bought
+        earned = edges.mul_(self._table("vega", now)[:, :, None]).sub_(self._table("premium", now))  # by each fill
+        income = fills.mul_(earned).sum((2, 3))
+        expected_income = (picked.mul_(earned).sum(3) * self._table("intensity", now)).sum(2)
+        move = self._table("spot", now, 1) - spot
+        mark_move = self._table("mark", now, 1) - self._table("mark", now)
+        wealth_change = holding * move + (position * mark_move).sum(2)
+        turnover = traded.abs()
+        cost = self.cost_rate * turnover * spot
+        if now.stop == self.num_steps:  # the shares are sold
+            turnover[-1] += holding[-1].abs()
+            cost[-1] += self.cost_rate * holding[-1].abs() * self.spot[-1]
+        noise = income - expected_income + wealth_change - self._penalty_surprise(now, position, holding, move)
+        option_delta = position * self._table("delta", now)
         info = {
             "wealth_change": wealth_change,
             "income": income,
             "cost": cost,
             "turnover": turnover,
-            "net_delta": net_delta,
-            "gross_delta": option_delta.abs().sum(-1),
-            "net_vega": vega,
-            "half_spread": self.edges.mean((-1, -2)),
-            "sold": self.fills[:, :, ASK].sum(-1),
-            "bought": self.fills[:, :, BID].sum(-1),
-            "fills": self.fills.sum((-1, -2)),
-            "trades": self.fills.sum((1, 2, 3))[:, None].expand_as(income),
+            "net_delta": holding + option_delta.sum(2),
+            "gross_delta": option_delta.abs().sum(2),
+            "net_vega": (position * self._table("vega", now)).sum(2),
+            "half_spread": half_spread,
+            "sold": sold,
+            "bought": bought,
+            "fills": of_maker,
+            "trades": of_maker.sum(1, keepdim=True).expand_as(of_maker),
             "noise": noise,
         }
-        return self.observe(), reward, terminated, torch.zeros_like(terminated), info
+        return income + wealth_change - cost - 0.5 * self.risk_aversion * wealth_change**2, info
 
-    def _trade_with_takers(self) -> tuple[Tensor, Tensor]:
-        """Fills the step's takers at the makers' edges. Returns income and expected income (n, num_makers)."""
-        t = self.t
-        kinds = self.taker_kinds(self.edges)
-        self.fills = self._fills(self.edges, kinds)
-        earned = self.edges * self.vega[t][:, None, None] - self.premium[t][:, None]  # by each fill
-        income = (self.fills * earned).sum((-1, -2))
-        probabilities = sum(share * probabilities for share, probabilities in kinds)
-        expected_income = ((probabilities * earned).sum(-1) * self.intensity[t][:, None]).sum(-1)
-        bought = self.fills[:, :, BID] - self.fills[:, :, ASK]
-        self.position = self.position + bought
-        self.cash = self.cash + income - (bought * self.mark[t][:, None]).sum(-1)
-        trades = self.fills.sum(1)  # of all makers
-        imbalance = (trades[:, ASK] - trades[:, BID]).sum(-1) / (2.0 * self.num_options * self.arrival_rate)
-        self.flow = self.flow_persistence * self.flow + (1.0 - self.flow_persistence) * imbalance
-        return income, expected_income
-
-    def _hedge(self, option_delta: Tensor, target: Tensor, band: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Trades shares. Returns net delta after it, shares traded (absolute) and their cost, all (n, num_makers)."""
-        spot = self.spot[self.t][:, None]
-        before = self.holding + option_delta
-        traded = nearest_in_band(before, target, band) - before
-        turnover = traded.abs()
-        cost = self.cost_rate * turnover * spot
-        self.holding = self.holding + traded
-        self.cash = self.cash - traded * spot - cost
-        return before + traded, turnover, cost
-
-    def _unwind(self) -> tuple[Tensor, Tensor]:
-        """Sells the shares; the options stay in the book, at their mark. Returns shares (absolute) and cost."""
-        spot = self.spot[self.t][:, None]
-        shares = self.holding.abs()
-        cost = self.cost_rate * shares * spot
-        self.cash = self.cash + self.holding * spot - cost
-        self.holding = torch.zeros_like(self.holding)
-        return shares, cost
-
-    def _penalty_surprise(self, move: Tensor) -> Tensor:
+    def _penalty_surprise(self, now: slice, position: Tensor, holding: Tensor, move: Tensor) -> Tensor:
         """The part of ½ · risk_aversion · ΔW² that a step's spot and variance explain, less its expectation.
 
         To first order ΔW is L = ∂W/∂S · ΔS + ∂W/∂v · (v' − E v'), whose mean square is known.
         """
-        t = self.t
-        delta = self.holding + (self.position * self.fair_delta[t][:, None]).sum(-1)  # ∂W/∂S
-        slope = (self.position * self.fair_slope[t][:, None]).sum(-1)  # ∂W/∂v
-        square = self.spot[t][:, None] ** 2 * self.return_variance[t][:, None]  # E ΔS²
-        linear = delta * move + slope * self.variance_surprise[t][:, None]
-        expected = delta**2 * square + slope**2 * self.next_variance_variance[t][:, None]
-        expected = expected + 2.0 * delta * slope * self.spot[t][:, None] * self.covariance[t][:, None]
+        spot = self._table("spot", now)
+        delta = holding + (position * self._table("fair_delta", now)).sum(2)  # ∂W/∂S
+        slope = (position * self._table("fair_slope", now)).sum(2)  # ∂W/∂v
+        square = spot**2 * self._table("return_variance", now)  # E ΔS²
+        linear = delta * move + slope * self._table("variance_surprise", now)
+        expected = delta**2 * square + slope**2 * self._table("next_variance_variance", now)
+        expected = expected + 2.0 * delta * slope * (spot * self._table("covariance", now))
         return 0.5 * self.risk_aversion * (linear**2 - expected)
 
     def _check_shape(self, actions: Tensor) -> None:
@@ -662,32 +821,19 @@ class QuotingEnv(MarketEnv):
             message = f"({wanted}: environments, makers, {self.action_size})"
             raise BadQuote(f"actions have the shape {tuple(actions.shape)} {message}")
 
-    def _check(self, actions: Tensor) -> None:
-        """Reads the actions, so on a GPU it would wait for the device."""
-        low = actions.amin((0, 1))  # NaN wherever there is one
-        if not torch.isfinite(low.sum() + actions.amax()):
-            maker, number = divmod(int((~actions.isfinite()).any(0).flatten().nonzero()[0]), self.action_size)
-            raise BadQuote(f"{self.action_names()[number]} of maker {maker} is not finite at step {self.t}")
+    def _check(self, actions: Tensor, first: int) -> None:
+        """Raises BadQuote for the first bad action of the steps first, …, (steps, n, num_makers, actions)."""
+        if not torch.isfinite(actions.sum()) and not actions.isfinite().all():  # the sum alone says it fast
+            step, maker, number = (~actions.isfinite()).any(1).nonzero()[0].tolist()
+            raise BadQuote(f"{self.action_names()[number]} of maker {maker} is not finite at step {first + step}")
         action = self.by_name(actions)
-        spread = (action["ask"] + action["bid"]).amin((0, 1))
+        spread = action["ask"] + action["bid"]
         if spread.amin() < -ROUNDING:
-            option = int(spread.argmin())
-            where = f"of option {option} at step {self.t}"
-            raise BadQuote(f"ask + bid {where} are {spread[option].item():g} (0 or more, or the quotes cross)")
-
-    @property
-    def wealth(self) -> Tensor:
-        """(n, num_makers) cash + shares + options at their fair value, costs paid."""
-        options = (self.position * self.mark[self.t][:, None]).sum(-1)
-        return self.cash + self.holding * self.spot[self.t][:, None] + options
-
-
-def _best_first(edges: Tensor) -> Tensor:
-    """Seats in the order of their edges (n, num_makers, …), the lower seat first where they are alike."""
-    if edges.shape[1] == 2:  # without the general sort, which takes long
-        second_first = (edges[:, 1] < edges[:, 0]).long()
-        return torch.stack((second_first, 1 - second_first), 1)
-    return edges.argsort(dim=1, stable=True)
+            least = spread.amin((1, 2))  # (steps, num_options)
+            step = int((least.amin(1) < -ROUNDING).nonzero()[0])
+            option = int(least[step].argmin())
+            where = f"of option {option} at step {first + step}"
+            raise BadQuote(f"ask + bid {where} are {least[step, option].item():g} (0 or more, or the quotes cross)")
 
 
 def volatility_slope(dynamics: Dynamics, volatility: Tensor, steps_left: Tensor) -> Tensor:

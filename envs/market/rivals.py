@@ -158,13 +158,27 @@ class AgainstRivals(VectorEnv):
         self.observations, info = self.env.replay()
         return self.observations[:, self.seat], info
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-        """actions (n, actions) → observation (n, size), reward, terminated, truncated (n,), info of the seat."""
+    def _with_rivals(self, actions: Tensor) -> Tensor:
+        """Actions of all makers (n, num_makers, actions) from those of the seat (n, actions)."""
         self.env.check_columns(actions)
         everyone = [None] * self.env.num_makers
         everyone[self.seat] = actions
         for seat, policy in zip(self.other_seats, self.playing, strict=True):
             everyone[seat] = policy(self.observations[:, seat])
-        self.observations, reward, terminated, truncated, info = self.env.step(torch.stack(everyone, 1))
+        return torch.stack(everyone, 1)
+
+    def advance(self, actions: Tensor) -> Tensor:
+        """As `QuotingEnv.advance`: actions (n, actions) → observation (n, size) of the seat."""
+        self.observations = self.env.advance(self._with_rivals(actions))
+        return self.observations[:, self.seat]
+
+    def settle(self, steps: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `QuotingEnv.settle`: rewards and `info` (steps, n) of the seat."""
+        rewards, info = self.env.settle(steps)
+        return rewards[..., self.seat], {name: values[..., self.seat] for name, values in info.items()}
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+        """actions (n, actions) → observation (n, size), reward, terminated, truncated (n,), info of the seat."""
+        self.observations, reward, terminated, truncated, info = self.env.step(self._with_rivals(actions))
         info = {name: value[:, self.seat] for name, value in info.items()}
         return self.observations[:, self.seat], reward[:, self.seat], terminated, truncated, info

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from envs.optimum.quotes import best_response
+from envs.optimum.quotes import lambert_w
 
 Tensor = torch.Tensor
 
@@ -61,10 +61,10 @@ def best_edge(
 ) -> Tensor:
     """Edge that earns most per taker: the global argmax over d of π(d), see the top of the file.
 
-    In u = k(d − g − c) a kind of taker who picks with probability P gives u P(u), whose slope has the sign of
-    1 − u(1 − P). As u(1 − P) increases where u > 0, its one maximum is `best_response`. Every maximum of the mixture
-    therefore lies between those of the two kinds. There a grid finds the first local maximum from the left and the
-    first from the right, and Newton's method, kept in its bracket by bisection, refines both.
+    In u = k(d − g − c) a kind of taker who picks with probability P = σ(a − u) gives u P(u), whose slope has the sign
+    of 1 − u(1 − P). As u(1 − P) increases where u > 0, its one maximum is 1 + W(e^{a − 1}), the `best_response`. Every
+    maximum of the mixture therefore lies between those of the two kinds. There a grid finds the first local maximum
+    from the left and the first from the right, and Newton's method, kept in its bracket by bisection, refines both.
 
     Args:
         rivals, k, reference_edge, gap, informed_share: see `choice_probability`.
@@ -75,17 +75,12 @@ def best_edge(
         maxima merge or earn the same: there it may be off, but still earns the most up to about 1e-6 of it.
     """
     gap, share, cost = (_as_tensor(value, rivals) for value in (gap, informed_share, marginal_cost))
-    alone = (
-        best_response(rivals, k, reference_edge, gap + cost),
-        gap + best_response(rivals - gap[..., None], k, reference_edge, cost),
-    )
     even = _even_edges(rivals, k, reference_edge, gap)
-    *ends, even_u, even_i, share, base = torch.broadcast_tensors(*alone, *even, share, gap + cost)
-    ends = [k * (end - base) for end in ends]
-    low = torch.minimum(*ends)
-    width = (ends[0] - ends[1]).abs()
-    takers = _Takers(k * (even_u - base), k * (even_i - base), share)
-    return base + _search(takers, low, width) / k
+    *even, share, base = torch.broadcast_tensors(*even, share, gap + cost)
+    even = k * (torch.stack(even) - base)
+    alone = 1.0 + lambert_w(even - 1.0)  # where u(1 − P) = 1, for either kind
+    low, high = alone.amin(0), alone.amax(0)
+    return base + _search(_Takers(even, share), low, high - low) / k
 
 
 class Equilibrium(NamedTuple):
@@ -210,40 +205,40 @@ class _Takers:
     All are divided by e^{shift}, the size of the larger one where both are small, lest both become zero.
 
     Args:
-        even_u, even_i: a₀, a₁ (…), the margins at which half of either kind pick the maker.
+        even: a (2, …), the margins at which half of the uninformed and half of the informed pick the maker.
         share: s (…).
     """
 
-    def __init__(self, even_u: Tensor, even_i: Tensor, share: Tensor):
-        shift = torch.maximum(even_u, even_i).clamp(max=0.0)
+    def __init__(self, even: Tensor, share: Tensor):
+        shift = even.amax(0).clamp_(max=0.0)
         self.scale = shift.exp()
-        self.offset_u = shift - even_u
-        self.offset_i = shift - even_i
+        self.offset = (shift - even)[:, None]
         self.share = share
+        self.weight = torch.stack((1.0 - share, share))[:, None]
 
-    def picked(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled probabilities (…) that an uninformed and an informed taker picks the maker."""
-        by_uninformed = (self.scale + (u + self.offset_u).exp()).reciprocal()
-        by_informed = (self.scale + (u + self.offset_i).exp()).reciprocal()
-        return by_uninformed, by_informed
+    def picked(self, u: Tensor) -> Tensor:
+        """Scaled probabilities (2, points, …) that an uninformed and an informed taker picks the maker at u (points,
+        …)."""
+        return (u + self.offset).exp_().add_(self.scale).reciprocal_()
 
     def profit(self, u: Tensor) -> Tensor:
-        """Scaled u [(1 − s) P + s P'] (…)."""
-        return u * torch.lerp(*self.picked(u), self.share)
+        """Scaled u [(1 − s) P + s P'] (points, …)."""
+        return torch.lerp(*self.picked(u), self.share).mul_(u)
 
     def slope(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """f(u) = u h(u) − 1, which is zero at a maximum of the profit and below zero left of it, and its derivative.
 
-        h = E[1 − P | picked] = S₁/S₀ with S₀ = E[P], S₁ = E[P(1 − P)], S₂ = E[P(1 − P)(1 − 2P)] over the takers, and
-        h' = h² − S₂/S₀.
+        h = E[1 − P | picked] = S₁/S₀ with Sₙ = E[P(1 − P)ⁿ] over the takers, and h' = h² + h − 2S₂/S₀.
         """
-        by_uninformed, by_informed = self.picked(u)
-        informed = self.share * by_informed / torch.lerp(by_uninformed, by_informed, self.share)  # of those who pick us
-        p = self.scale * by_uninformed
-        p_informed = self.scale * by_informed
-        h = torch.lerp(1.0 - p, 1.0 - p_informed, informed)
-        curvature = torch.lerp((1.0 - p) * (1.0 - 2.0 * p), (1.0 - p_informed) * (1.0 - 2.0 * p_informed), informed)
-        return u * h - 1.0, h + u * (h * h - curvature)
+        picked = self.picked(u)
+        term = self.weight * picked
+        left = picked.mul_(self.scale).neg_().add_(1.0)  # 1 − P
+        s0 = term.sum(0)
+        s1 = term.mul_(left).sum(0)
+        s2 = term.mul_(left).sum(0)
+        h = s1.div_(s0)
+        derivative = torch.addcmul(h, u, (h + 1.0).mul_(h).sub_(s2.div_(s0), alpha=2.0))
+        return (u * h).sub_(1.0), derivative
 
 
 def _search(takers: _Takers, low: Tensor, width: Tensor) -> Tensor:
@@ -251,9 +246,9 @@ def _search(takers: _Takers, low: Tensor, width: Tensor) -> Tensor:
     nodes = torch.arange(GRID_POINTS, device=low.device, dtype=low.dtype).reshape(-1, *[1] * low.dim())
     step = width / (GRID_POINTS - 1)
     profit = takers.profit(torch.addcmul(low, nodes, step))
-    rises = (profit[1:] - profit[:-1]).sign()  # arithmetic, as `where` takes ten times as long on a CPU
-    left = (nodes[:-1] + GRID_POINTS * rises.clamp(min=0.0)).amin(0).clamp(max=GRID_POINTS - 1.0)
-    right = (nodes[1:] * rises).amax(0).clamp(min=0.0)
+    rises = (profit[1:] - profit[:-1]).sign_()  # arithmetic, as `where` takes ten times as long on a CPU
+    right = (nodes[1:] * rises).amax(0).clamp_(min=0.0)
+    left = rises.clamp_(min=0.0).mul_(GRID_POINTS).add_(nodes[:-1]).amin(0).clamp_(max=GRID_POINTS - 1.0)
     peaks = _climb(takers, low + step * torch.stack((left, right)), step)
     profit = takers.profit(peaks)
     return torch.where(profit[0] >= profit[1], *peaks)
@@ -271,7 +266,7 @@ def _climb(takers: _Takers, start: Tensor, step: Tensor) -> Tensor:
     u = start
     for _ in range(NEWTON_STEPS):
         value, derivative = takers.slope(u)
-        u = torch.clamp(u - value / derivative.clamp(min=LEAST_DERIVATIVE), lower, upper)
+        u = torch.addcdiv(u, value, derivative.clamp_(min=LEAST_DERIVATIVE), value=-1.0).clamp_(lower, upper)
     return u
 
 

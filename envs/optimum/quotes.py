@@ -10,6 +10,8 @@ from scipy.special import lambertw
 
 Tensor = torch.Tensor
 
+LAMBERT_STEPS = 4  # that Lambert's W takes to be right to the last digits of double precision, at any ln z
+
 
 def best_response(rivals: Tensor, k: float, reference_edge: float, marginal_cost: Tensor | float = 0.0) -> Tensor:
     """Edge that earns most per taker, who picks by logit: argmax_d (d − c) P(picks us | d, rivals' edges).
@@ -28,11 +30,17 @@ def best_response(rivals: Tensor, k: float, reference_edge: float, marginal_cost
     walking_away = rivals.new_full((*rivals.shape[:-1], 1), reference_edge)
     others = -k * (torch.cat((rivals, walking_away), -1) - reference_edge)
     log_z = -1.0 - k * (marginal_cost - reference_edge) - others.logsumexp(-1)
-    tiny = torch.finfo(rivals.dtype).tiny
-    w = torch.nn.functional.softplus(log_z).clamp(min=tiny)
-    for _ in range(12):  # Newton's method on w + ln w = ln z converges quadratically, from either side
-        w = (w * (1.0 + log_z - w.log()) / (1.0 + w)).clamp(min=tiny)
-    return marginal_cost + (1.0 + w) / k
+    return marginal_cost + (1.0 + lambert_w(log_z)) / k
+
+
+def lambert_w(log_z: Tensor) -> Tensor:
+    """Lambert's W (…) of z > 0, w e^w = z, from ln z (…), which cannot overflow."""
+    tiny = torch.finfo(log_z.dtype).tiny
+    w = torch.nn.functional.softplus(log_z).clamp_(min=tiny)
+    above = 1.0 + log_z
+    for _ in range(LAMBERT_STEPS):  # Newton's method on w + ln w = ln z converges quadratically, from either side
+        w = ((above - w.log()) * w).div_(1.0 + w).clamp_(min=tiny)
+    return w
 
 
 def nash_edge(num_makers: int, k: float, reference_edge: float) -> float:

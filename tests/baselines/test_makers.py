@@ -131,7 +131,7 @@ def test_minimum_variance_target_minimises_the_variance_of_a_step(name):
     """With the smile the book is at its fair value, without it at its reference price."""
     market = QuotingEnv(40_000, MODELS[name], quoted(60), num_steps=3, arrival_rate=1e-6, dtype=F64)
     market.reset(seed=0)
-    market.position = torch.ones(40_000, 2, 5, dtype=F64) * torch.tensor([[2.0], [-3.0]])
+    market.position[:] = torch.ones(40_000, 2, 5, dtype=F64) * torch.tensor([[2.0], [-3.0]])
     observation = market.observe()
     constant = makers.constant_spread(market, 1.0)
     plain = makers.minimum_variance_band(market, constant, 0.1)

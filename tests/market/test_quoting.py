@@ -63,6 +63,32 @@ def test_wealth_is_cash_and_marked_positions_whatever_the_actions(name, num_make
     torch.testing.assert_close(env.wealth, total, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["heston", "merton"])
+@pytest.mark.parametrize("num_makers", [2, 3])
+@pytest.mark.parametrize("informed_share", [0.0, 0.2, 1.0])
+def test_an_episode_settled_at_once_is_the_steps_one_by_one(name, num_makers, informed_share, monkeypatch):
+    monkeypatch.setattr(quoting, "ROWS_AT_ONCE", 5 * 16)  # five steps at a time, of twelve
+    settings = {"num_makers": num_makers, "informed_share": informed_share, "options": quoted(16, 24, dt=1 / 504)}
+    env = make(16, model_called(name), **settings)
+    env.reset(seed=0)
+    generator = torch.Generator().manual_seed(1)
+    actions = [random_actions(env, generator) for _ in range(env.num_steps)]
+    observations, rewards, _, _, infos = zip(*(env.step(action) for action in actions), strict=True)
+    accounts = env.cash, env.wealth
+    env.replay()
+    for action, seen in zip(actions, observations, strict=True):
+        torch.testing.assert_close(env.advance(action), seen, rtol=0, atol=0)
+    at_once, info = env.settle()
+    assert at_once.shape == (env.num_steps, 16, num_makers)
+    torch.testing.assert_close(at_once, torch.stack(rewards), rtol=1e-6, atol=1e-6)
+    assert info.keys() == infos[0].keys()
+    for label, values in info.items():
+        torch.testing.assert_close(values, torch.stack([x[label] for x in infos]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((env.cash, env.wealth), accounts, rtol=1e-5, atol=1e-4)
+    last, _ = env.settle(3)
+    torch.testing.assert_close(last, at_once[-3:], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("informed_share", [0.0, 0.4, 1.0])
 def test_wealth_against_an_account_kept_by_hand(informed_share):
     """Every trade at its price, from the definition: ask = reference + vega · ask edge, bid = reference − vega · bid
@@ -86,7 +112,7 @@ def test_wealth_against_an_account_kept_by_hand(informed_share):
         fair = fair - torch.where(is_call, 0.0, spot - strike)  # put–call parity
         ask = reference[:, None] + vega[:, None] * actions[..., :4]
         bid = reference[:, None] - vega[:, None] * actions[..., 4:8]
-        fills = env._fills(*quotes_of(env, actions))
+        fills = fills_of(env, actions)
         cash += (fills[:, :, 0] * ask - fills[:, :, 1] * bid).sum(-1)
         earned = (fills[:, :, 0] * (ask - fair[:, None]) + fills[:, :, 1] * (fair[:, None] - bid)).sum(-1)
         _, _, _, _, info = env.step(actions)
@@ -104,9 +130,14 @@ def test_wealth_against_an_account_kept_by_hand(informed_share):
 
 
 def quotes_of(env, actions):
-    """Edges (n, makers, 2, options) of the actions, from where they stand, and the kinds of takers."""
-    edges = torch.stack(actions[..., : 2 * env.num_options].split(env.num_options, -1), -2)
-    return edges, env.taker_kinds(edges)
+    """Edges (makers, 2, options, n) of the actions, from where they stand, and what takers make of them."""
+    edges = torch.stack(actions[..., : 2 * env.num_options].split(env.num_options, -1), -2).movedim(0, -1)
+    return edges, env.choice_probabilities(edges)
+
+
+def fills_of(env, actions):
+    """Fills (n, makers, 2, options) of the actions."""
+    return env._fills(*quotes_of(env, actions)).movedim(-1, 0)
 
 
 # Sums over 16 episodes of seed 7 with `common_quotes`, as they were when a maker had one half-spread and one skew:
@@ -170,13 +201,13 @@ def test_every_taker_trades_with_one_maker_or_walks_away(informed_share):
     for t in range(env.num_steps):
         actions = random_actions(env, generator)
         arrived = (env.marks[t] < 1).sum(-1)
-        edges, kinds = quotes_of(env, actions)
-        fills = env._fills(edges, kinds)
+        fills = fills_of(env, actions)
         assert (fills >= 0).all()
         assert (fills == fills.round()).all()
         walked, first = 0.0, 0.0  # of each kind, the marks beyond the last maker's interval
-        for share, probabilities in kinds:
-            last = first + share * probabilities.sum(1)[..., None]
+        kinds = [share for share in (informed_share, 1.0 - informed_share) if share > 0]
+        for share, probabilities in zip(kinds, quotes_of(env, actions)[1], strict=True):
+            last = first + share * probabilities.sum(0).movedim(-1, 0)[..., None]
             walked = walked + ((env.marks[t] < first + share) & (env.marks[t] >= last)).sum(-1)
             first += share
         assert first == 1.0
@@ -194,9 +225,14 @@ def test_takers_choose_by_logit():
     bids = np.array([[0.5, 0.0, 1.2, 1.9, 3.0], [1.3, -1.0, 0.8, 2.5, 2.5], [1.6, 0.3, 0.7, 0.5, 4.0]])
     actions = fixed_quotes(env)
     actions[..., :5], actions[..., 5:10] = (torch.from_numpy(x).float() for x in (asks, bids))
-    edges, kinds = quotes_of(env, actions)
-    fills = env._fills(edges, kinds)
-    by_informed = env._fills(edges, kinds[:1])  # the first marks are theirs
+    fills = fills_of(env, actions)
+    _, (probabilities, _) = quotes_of(env, actions)
+    marks = env.marks[0, :, None]
+    best_first = actions[..., :10].unflatten(-1, (2, 5)).argsort(1)
+    probabilities = probabilities.movedim(-1, 0)
+    ends = 0.4 * probabilities.gather(1, best_first).cumsum(1)[..., None]  # the first marks are the informed's
+    served = (marks < ends).sum(-1).diff(dim=1, prepend=torch.zeros(20_000, 1, 2, 5, dtype=torch.long))
+    by_informed = torch.zeros_like(served).scatter(1, best_first, served)
     smile = heston_call(100.0, env.strike, 24 / 504, 0.04, env.dynamics)  # and put–call parity: the same premium
     reference = black_scholes.price(100.0, env.strike.double(), 24 / 504, 0.2)
     gap = ((smile - reference) / (0.01 * black_scholes.vega(100.0, env.strike.double(), 24 / 504, 0.2))).numpy()
@@ -490,7 +526,7 @@ def test_order_flow_is_a_moving_average_of_signed_trades():
     env.reset(seed=0)
     flow = torch.zeros(16)
     for _ in range(5):
-        fills = env._fills(*quotes_of(env, fixed_quotes(env))).sum(1)
+        fills = fills_of(env, fixed_quotes(env)).sum(1)
         signed = (fills[:, 0] - fills[:, 1]).sum(-1) / 5.0  # five options, half a taker on each side
         flow = 0.5 ** (1 / 8) * flow + (1 - 0.5 ** (1 / 8)) * signed
         observation, *_ = env.step(fixed_quotes(env))
@@ -612,10 +648,16 @@ def test_bad_actions():
         env.step(actions)
     with pytest.raises(ValueError, match=r"shape \(4, 12\)"):
         env.step(actions[:, 0])
+    with pytest.raises(ValueError, match=r"shape \(4, 12\)"):
+        env.advance(actions[:, 0])
     assert env.t == 0  # nothing happened
     env.step(fixed_quotes(env, 0.0, 3.0))  # a spread of zero does not cross, whatever the skew
     with pytest.raises(quoting.BadQuote, match="of option 3 at step 1"):
         env.step(actions)
+    for _ in range(2):  # an episode's quotes are looked at when it is settled
+        env.advance(actions)
+    with pytest.raises(quoting.BadQuote, match="of option 3 at step 1"):
+        env.settle()
     with pytest.raises(ValueError, match="1 rivals"):
         AgainstRivals(make(4, num_makers=3), [makers.constant_spread(env, 1.0)])
     with pytest.raises(RuntimeError, match="call reset"):

@@ -284,7 +284,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
-    monkeypatch.setattr(QuotingEnv, "_check", lambda self, actions: None)
+    monkeypatch.setattr(QuotingEnv, "_check", lambda self, *actions: None)
     monkeypatch.setattr(phase3, "EPISODES", 16)
     monkeypatch.setattr(phase4, "EPISODES", 16)
     torch.autograd.set_multithreading_enabled(False)  # modes are of a thread
@@ -382,7 +382,7 @@ def test_the_shape_of_quotes_is_checked_without_reading_them():
 
 def test_a_best_response_that_is_nan_is_noticed(tmp_path, monkeypatch):
     """On a GPU no quote is checked, so NaN would be one more gain that is not above the best."""
-    monkeypatch.setattr(QuotingEnv, "_check", lambda self, actions: None)
+    monkeypatch.setattr(QuotingEnv, "_check", lambda self, *actions: None)
     monkeypatch.setattr(phase4, "EPISODES", 16)
     args = phase4.Args(num_envs=8, num_steps=2, num_minibatches=2, episodes=1, learning_rate=1e30, anneal_share=1.0)
     args.total_timesteps = 4 * args.steps_per_iteration

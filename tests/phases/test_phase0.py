@@ -418,7 +418,10 @@ def test_copy_and_modify(script, tmp_path):
     """Another network, and another reward: what a market is made of is the policy's own."""
     shutil.copytree(ROOT / "envs", tmp_path / "copy" / "envs")
     text = (ROOT / PHASE.script).read_text()
-    for old, new in {"nn.Tanh()": "nn.SiLU()", "rewards = game.shared_rewards(explored)": "rewards = 2.0 * game.shared_rewards(explored)"}.items():
+    for old, new in {
+        "nn.Tanh()": "nn.SiLU()",
+        "rewards = game.shared_rewards(explored)": "rewards = 2.0 * game.shared_rewards(explored)",
+    }.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
     (tmp_path / "copy" / "my_idea.py").write_text(text)

@@ -158,10 +158,10 @@ def test_learns_from_the_reward_less_its_noise():
     batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
     env.generator.manual_seed(5)
     observation, _ = env.reset(options={"copies": args.copies})
-    noise = torch.Generator().manual_seed(0)
+    noise = phase3.exploration(env, agent, args, torch.Generator().manual_seed(0))
     rewards, raws = [], []
-    for _ in range(env.num_steps):
-        action, _, _ = agent.act(agent.normalise(observation), phase3.exploration(32, agent, args, noise))
+    for t in range(env.num_steps):
+        action = agent.act(agent.normalise(observation), noise[t])
         observation, reward, _, _, info = env.step(agent.to_quote(observation, action))
         rewards.append(args.reward_scale * (reward - info["noise"]))
         raws.append(reward)
@@ -176,8 +176,9 @@ def test_learns_from_the_reward_less_its_noise():
 def test_copies_of_a_market_explore_in_opposite_pairs():
     """So their noise cancels, and what they all earn is luck, which teaches nothing."""
     args, env, agent, _ = make(32, copies=4)
-    noise = phase3.exploration(32, agent, args, torch.Generator().manual_seed(0))
-    assert noise.shape == (32, 14)
+    noise = phase3.exploration(env, agent, args, torch.Generator().manual_seed(0))
+    assert noise.shape == (env.num_steps, 32, 14)
+    noise = noise[0]
     assert torch.equal(noise[::2], -noise[1::2])
     assert noise[::2].unique(dim=0).shape == (16, 14)
     assert noise.std().item() == pytest.approx(1, abs=0.1)
@@ -185,7 +186,7 @@ def test_copies_of_a_market_explore_in_opposite_pairs():
     of_copies = batch.advantages.view(env.num_steps, 8, 4)
     assert of_copies.mean(-1).abs().max() < 1e-5 < of_copies.std()
     args.copies = 1
-    alone = phase3.exploration(32, agent, args, torch.Generator().manual_seed(0))
+    (alone, *_) = phase3.exploration(env, agent, args, torch.Generator().manual_seed(0))
     assert not torch.allclose(alone[::2], -alone[1::2])
     batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
     assert batch.advantages.view(env.num_steps, 8, 4).mean(-1).abs().max() > 0.01
@@ -208,13 +209,13 @@ def test_logprob_is_gaussian():
     _, env, agent, _ = make()
     observation, _ = env.reset(seed=0)
     observation, noise = agent.normalise(observation), torch.randn(64, 14)
-    action, logprob, value = agent.act(observation, noise)
+    action, logprob = agent.act(observation, noise), agent.log_probability(noise)
     normal = torch.distributions.Normal(agent.actor_mean(observation), agent.actor_logstd.exp())
     torch.testing.assert_close(logprob, normal.log_prob(action).sum(-1), rtol=1e-4, atol=1e-4)
     again, entropy, same = agent.evaluate_actions(observation, action)
     torch.testing.assert_close(again, logprob, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(entropy, normal.entropy().sum(-1)[0])
-    torch.testing.assert_close(same, value)
+    torch.testing.assert_close(same, agent.values(observation[None])[0])
 
 
 def test_training_beats_the_named_baseline(tmp_path, monkeypatch):

@@ -134,9 +134,9 @@ def test_seats_go_round():
 
 def test_copies_of_a_market_explore_in_opposite_pairs():
     args, classics, agent = make(num_envs=16, copies=4)
-    noise = phase4.exploration(16, agent, args, torch.Generator().manual_seed(0))
-    assert torch.equal(noise[::2], -noise[1::2])
     market = classics.env.env.like(16)
+    noise = phase4.exploration(market, agent, args, torch.Generator().manual_seed(0))
+    assert torch.equal(noise[:, ::2], -noise[:, 1::2])
     batch, _ = phase4.rollout(market, agent, agent.policy, agent.act, args, torch.Generator().manual_seed(0))
     of_copies = batch.advantages.view(args.num_steps, 4, 4)
     assert of_copies.mean(-1).abs().max() < 1e-5 < of_copies.std()
