@@ -41,7 +41,7 @@ MIN_VEGA = 1e-3  # currency per vol point: what is divided by a vega, which vani
 ROWS_AT_ONCE = 4096  # rows times steps that are settled together, so that they fit into the cache of a CPU
 # Tables of a market, (num_steps + 1 or num_steps, n, …)
 TABLES = (
-    "spot", "variance", "intensity", "marks", "volatility", "reference", "mark", "delta", "vega", "premium",
+    "spot", "variance", "intensity", "marks", "before", "volatility", "reference", "mark", "delta", "vega", "premium",
     "gap", "fair_delta", "fair_slope", "scaled_log_spot", "log_volatility", "variance_surprise", "covariance",
     "next_variance_variance", "return_variance", "residual_sd",
 )  # fmt: skip
@@ -449,6 +449,7 @@ class QuotingEnv(MarketEnv):
         self.variance = variance.T.clamp(min=MIN_VARIANCE).contiguous()
         self.intensity = intensity.transpose(0, 1)
         self.marks = marks.transpose(0, 1)
+        self.before = (self.marks < self.first_marks[-1].squeeze()).sum(-1, dtype=self.dtype)
         self._value_options()
         self._set_moments()
         for name in TABLES:
@@ -469,7 +470,7 @@ class QuotingEnv(MarketEnv):
         noticed = torch.stack([noticed[kind] for kind in self.takers], 1)[:, :, None]
         utility = self.choice_sensitivity * (noticed + self.reference_edge)
         marks = self.marks.movedim(1, -1).movedim(3, 1)
-        before = (marks < self.first_marks[-1].squeeze()).sum(1, dtype=self.dtype)
+        before = self.before.movedim(1, -1)  # how many marks come before those of the last kind
         tables = (seen, of_book, self.residual_sd, utility, marks[:, :, None, None], before)
         self.at = [Market(*now) for now in zip_longest(*tables)]
 
