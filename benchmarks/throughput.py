@@ -154,17 +154,24 @@ def environment_speed(env: HedgingEnv | AgainstRivals) -> float:
     num_envs = env.num_envs
     device = env.device
     action = torch.full((num_envs, *env.single_action_space.shape), 0.05, device=device)
-    for repeat in range(13):
-        if repeat == 3:
-            if device.type == "cuda":
+    return 10 * num_envs * env.num_steps / stepping_seconds(env, action, episodes=10, warm_up=3)
+
+
+def stepping_seconds(
+    env: HedgingEnv | AgainstRivals | QuotingEnv, actions: torch.Tensor, episodes: int, warm_up: int
+) -> float:
+    """Seconds that `episodes` episodes take, each on a fresh market, with the same actions always; after `warm_up`."""
+    for episode in range(warm_up + episodes):
+        if episode == warm_up:
+            if env.device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-        env.reset(seed=repeat)
+        env.reset(seed=episode)
         for _ in range(env.num_steps):
-            env.step(action)
-    if device.type == "cuda":
+            env.step(actions)
+    if env.device.type == "cuda":
         torch.cuda.synchronize()
-    return 10 * num_envs * env.num_steps / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def batched(env: HedgingEnv | AgainstRivals):
@@ -242,15 +249,8 @@ def market_speed(num_envs: int, steps: int = 1200) -> float:
     actions = market.quote(half_spread, band=0.1)[:, None].expand(-1, market.num_makers, -1).contiguous()
     quotes = market.num_makers * 2 * market.num_options
     episodes = max(2, steps // market.num_steps // max(1, num_envs // 1000))
-    for episode in range(episodes + 1):
-        if episode == 1:
-            start = time.perf_counter()
-        market.reset(seed=episode)
-        for _ in range(market.num_steps):
-            market.step(actions)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return episodes * market.num_steps * num_envs * quotes / (time.perf_counter() - start)
+    seconds = stepping_seconds(market, actions, episodes, warm_up=1)
+    return episodes * market.num_steps * num_envs * quotes / seconds
 
 
 def mbt_gym_speed(num_envs: int, steps: int = 1200) -> float:
