@@ -308,18 +308,18 @@ class CalibrationGame:
     @cached_property
     def reference_errors(self) -> Tensor:
         """Expected errors (days, strikes) of the reference model, vol points; zero without one."""
-        if self.reference == "local-vol":
-            return self.volatility_errors(self.dupire_prices[0])
-        known = self.constant_volatility if self.reference == "black-scholes" else self.market_volatility
-        return (known - self.market_volatility) / VOL_POINT
+        return self._errors_of_reference(0, self.volatility_errors, self.market_volatility)
 
     @cached_property
     def reference_forward_errors(self) -> Tensor:
         """The same (starts, strikes) of the forward-start options."""
+        return self._errors_of_reference(1, self.forward_volatility_errors, self.forward_volatility)
+
+    def _errors_of_reference(self, which: int, to_errors: Callable[[Tensor], Tensor], market: Tensor) -> Tensor:
         if self.reference == "local-vol":
-            return self.forward_volatility_errors(self.dupire_prices[1])
-        known = self.constant_volatility if self.reference == "black-scholes" else self.forward_volatility
-        return (known - self.forward_volatility) / VOL_POINT
+            return to_errors(self.dupire_prices[which])
+        known = self.constant_volatility if self.reference == "black-scholes" else market
+        return (known - market) / VOL_POINT
 
     @cached_property
     def dupire_prices(self) -> tuple[Tensor, Tensor | None]:
