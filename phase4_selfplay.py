@@ -413,9 +413,8 @@ class Opponents(nn.Module):
         slot = (iteration - 1) % self.args.lag  # what was put there `lag` updates ago; at first the untrained agent
         from_vector(self.newest, self.latest[slot])
         self.latest[slot] = to_vector(agent)
-        if self.args.opponent != "baseline":
-            done = (iteration - 1) / self.args.num_iterations
-            self.classics.fill_(CLASSICS_AT_FIRST + (1.0 - CLASSICS_AT_FIRST) * done)
+        done = (iteration - 1) / self.args.num_iterations
+        self.classics.fill_(CLASSICS_AT_FIRST + (1.0 - CLASSICS_AT_FIRST) * done)
         if self.first < self.end:
             if (iteration - 1) % self.spacing == 0:
                 self._add(agent, iteration - 1)
@@ -452,6 +451,8 @@ class Opponents(nn.Module):
         """Observation (rows · seats, size) → environment action, without exploration."""
         seats = self.seats
         played = torch.cat([play(observation[own.start * seats : own.stop * seats]) for play, own in self.playing])
+        if self.args.opponent == "baseline":
+            return played
         first = self.first * seats
         past = self.past if self.args.opponent == "pool" else self.newest
         played[:first] = torch.where(self.place < self.classics, played[:first], past.policy(observation[:first]))
