@@ -22,6 +22,7 @@ from envs.benchmark.hedging import hedging_benchmark, hedging_validation
 from envs.figures.hedging import hedging_report
 from envs.market.dynamics import Dynamics
 from envs.models import ModelArgs, check_unseen, make_model
+from envs.networks import ActorCritic, Adam, clip_gradients, minibatches
 from envs.run.args import BatchedRunArgs, check_ppo, check_range
 from envs.run.files import check_memory
 from envs.run.ranks import average_gradients, check_equal_parameters, rank, rank_seed, standardise
@@ -120,12 +121,6 @@ def make_env(args: Args, model: Dynamics, num_envs: int, device: torch.device) -
 # ALGO LOGIC: the agent
 
 
-def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Agent(nn.Module):
     """Gaussian policy and value function of two tanh layers; the environment's action is `to_band` of the raw one."""
 
@@ -133,15 +128,7 @@ class Agent(nn.Module):
         super().__init__()
         size = env.single_observation_space.shape[0]
         actions = env.single_action_space.shape[0]
-
-        def network(outputs: int, std: float) -> nn.Sequential:
-            return nn.Sequential(
-                layer_init(nn.Linear(size, HIDDEN)), nn.Tanh(), layer_init(nn.Linear(HIDDEN, HIDDEN)), nn.Tanh(),
-                layer_init(nn.Linear(HIDDEN, outputs), std),
-            )  # fmt: skip
-
-        self.actor_mean = network(actions, 0.01)
-        self.critic = network(1, 1.0)
+        self.network = ActorCritic(size, actions, HIDDEN)
         self.actor_logstd = nn.Parameter(torch.full((actions,), -1.0))
         # Observations are standardised by what a fixed band met before training, and saved with the policy.
         self.register_buffer("observation_mean", torch.zeros(size))
@@ -150,10 +137,11 @@ class Agent(nn.Module):
     @torch.no_grad()
     def fit_normaliser(self, env: HedgingEnv) -> None:
         observation, _ = env.reset(seed=SCALE_SEED)
+        band = self.to_band(self.actor_logstd.new_zeros(env.num_envs, len(self.actor_logstd)))
         seen = []
         for _ in range(env.num_steps):
             seen.append(observation)
-            observation, *_ = env.step(self.to_band(self.actor_logstd.new_zeros(env.num_envs, len(self.actor_logstd))))
+            observation = env.advance(band)
         std = torch.cat(seen).std(0)
         self.observation_mean.copy_(torch.cat(seen).mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market, where it does.
@@ -167,29 +155,28 @@ class Agent(nn.Module):
         """Raw action (n, actions) → (centre offset, half-width) in shares; zero is a band of ±0.05 around the delta."""
         return torch.stack((0.1 * raw_action[:, 0], 0.05 * raw_action[:, 1].clamp(-5, 3).exp()), -1)
 
-    def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised observation, normals (n, actions) → raw action (n, actions), log-probability and value (n,)."""
-        action = self.actor_mean(observation) + self.actor_logstd.exp() * noise
-        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return action, logprob, self.critic(observation)[:, 0]
+    def logprob(self, noise: Tensor) -> Tensor:
+        """Log-probability (…) of the raw action that lies `noise` (…, actions) standard deviations from the mean."""
+        log_density = -0.5 * noise.square().sum(-1)
+        return log_density - (self.actor_logstd + 0.5 * math.log(2 * math.pi)).sum()
 
     def evaluate_actions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observations and raw actions → log-probabilities (n,), entropy (), values (n,)."""
-        noise = (action - self.actor_mean(observation)) * torch.exp(-self.actor_logstd)
-        logprob = (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+        mean, value = self.network(observation)
+        logprob = self.logprob((action - mean) * torch.exp(-self.actor_logstd))
         entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.actor_logstd).sum()
-        return logprob, entropy, self.critic(observation)[:, 0]
+        return logprob, entropy, value
 
     def policy(self, observation: Tensor) -> Tensor:
         """The deterministic policy that is benchmarked: observation (n, size) → environment action."""
-        return self.to_band(self.actor_mean(self.normalise(observation)))
+        return self.to_band(self.network.actor(self.normalise(observation)))
 
 
 # ALGO LOGIC: PPO
 
 
 class Batch(NamedTuple):
-    """A rollout, flattened over time and environments: (num_steps · num_envs, …)."""
+    """Steps of a rollout, in any order: (n, …)."""
 
     observations: Tensor  # normalised
     actions: Tensor  # raw
@@ -199,36 +186,39 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(env: HedgingEnv, agent: Agent, act, args: Args, generator: torch.Generator) -> Batch:
-    """Plays one whole episode in every environment and estimates advantages (GAE; expiry is terminal)."""
+def rollout(env: HedgingEnv, agent: Agent, args: Args, generator: torch.Generator) -> Batch:
+    """Plays one whole episode in every environment and estimates advantages (GAE; expiry is terminal).
+
+    In the loop is only what the next action needs; the rest is done for all steps at once.
+    """
     observation, _ = env.reset()
+    shape = (env.num_steps, env.num_envs, len(agent.actor_logstd))
+    noise = torch.randn(shape, generator=generator, device=env.device)
+    exploration = agent.actor_logstd.exp() * noise
     steps = []
-    for _ in range(env.num_steps):
+    for t in range(env.num_steps):
         observation = agent.normalise(observation)
-        noise = torch.randn(env.num_envs, len(agent.actor_logstd), generator=generator, device=env.device)
-        action, logprob, value = act(observation, noise)
-        next_observation, reward, _, _, info = env.step(agent.to_band(action))
-        # The mean of two terms of the reward does not depend on the policy: ΔW (shares earn nothing on average, and the
-        # option's mark moves whatever is done) and the squared ΔW of the Black–Scholes hedge on the same path. Without
-        # them the optimum is the same and there is less noise.
-        hedged_risk = 0.5 * env.risk_aversion * info["hedged_change"] ** 2
-        reward = args.reward_scale * (reward - info["wealth_change"] + hedged_risk)
-        steps.append((observation, action, logprob, reward, value))
-        observation = next_observation
-    observations, actions, logprobs, rewards, values = (torch.stack(column) for column in zip(*steps, strict=True))
-    advantages = torch.empty_like(rewards)
-    next_value = torch.zeros_like(rewards[0])
-    advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(env.num_steps)):
-        error = rewards[t] + args.gamma * next_value - values[t]
-        advantage = error + args.gamma * args.gae_lambda * advantage
-        advantages[t] = advantage
-        next_value = values[t]
-    return Batch(*(x.flatten(0, 1) for x in (observations, actions, logprobs, advantages, advantages + values)))
+        action = agent.network.actor(observation) + exploration[t]
+        steps.append((observation, action))
+        observation = env.advance(agent.to_band(action))
+    observations, actions = (torch.stack(column) for column in zip(*steps, strict=True))
+    reward, info = env.settle()
+    # The mean of two terms of the reward does not depend on the policy: ΔW (shares earn nothing on average, and the
+    # option's mark moves whatever is done) and the squared ΔW of the Black–Scholes hedge on the same path. Without
+    # them the optimum is the same and there is less noise.
+    hedged_risk = 0.5 * env.risk_aversion * info["hedged_change"] ** 2
+    rewards = args.reward_scale * (reward - info["wealth_change"] + hedged_risk)
+    values = agent.network.critic(observations.flatten(0, 1)).view_as(rewards)
+    advantages = rewards - values  # the errors of one step, before they are added up
+    advantages[:-1] += args.gamma * values[1:]
+    for t in reversed(range(env.num_steps - 1)):
+        advantages[t] += args.gamma * args.gae_lambda * advantages[t + 1]
+    columns = (observations, actions, agent.logprob(noise), advantages, advantages + values)
+    return Batch(*(column.flatten(0, 1) for column in columns))
 
 
-def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
-    """Loss of a minibatch, and its parts: policy loss, value loss, entropy, approximate KL, clipped fraction."""
+def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss of a minibatch, and what `describe` takes: policy loss, value loss, entropy, logarithms of the ratios."""
     logprobs, entropy, values = agent.evaluate_actions(batch.observations, batch.actions)
     logratio = logprobs - batch.logprobs
     ratio = logratio.exp()
@@ -237,34 +227,35 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
         advantages = standardise(advantages)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
-    value_loss = 0.5 * (values - batch.returns).square().mean()
+    value_loss = 0.5 * nn.functional.mse_loss(values, batch.returns)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - logratio).mean()
-        clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        parts = torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction))
-    return loss, parts
+    return loss, (policy_loss, value_loss, entropy, logratio)
 
 
 LOSS_NAMES = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac")
 
 
+@torch.no_grad()
+def describe(parts: tuple[Tensor, ...], args: Args) -> Tensor:
+    """What is logged of a minibatch's loss, (5,), in the order of `LOSS_NAMES`."""
+    policy_loss, value_loss, entropy, logratio = parts
+    approx_kl = (logratio.exp() - 1 - logratio).mean()
+    clip_fraction = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
+    return torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction))
+
+
 def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, generator: torch.Generator) -> Tensor:
-    """PPO's epochs over one rollout. Returns the mean of the loss parts (5,) and never waits for the device."""
-    parts = []
-    size = len(batch.logprobs)
+    """PPO's epochs over one rollout. Returns `describe` of the last minibatch (5,) and never waits for the device."""
     for _ in range(args.update_epochs):
-        order = torch.rand(size, generator=generator, device=batch.logprobs.device).argsort()
-        for index in order.view(args.num_minibatches, -1):
-            loss, loss_parts = loss_function(agent, Batch(*(x[index] for x in batch)), args)
+        for minibatch in minibatches(batch, args.num_minibatches, generator):
+            loss, parts = loss_function(agent, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
             average_gradients(agent)  # over the processes of torchrun
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            clip_gradients(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            parts.append(loss_parts)
     check_equal_parameters(agent)
-    return torch.stack(parts).mean(0)
+    return describe(parts, args)
 
 
 def train(run: Run, model: Dynamics) -> Agent:
@@ -274,22 +265,17 @@ def train(run: Run, model: Dynamics) -> Agent:
     env = make_env(args, model, args.num_envs, run.device)
     agent = Agent(env).to(run.device)
     agent.fit_normaliser(env.like(1024))
-    # A tensor as learning rate, so that a captured update sees it change
-    optimizer = torch.optim.Adam(
-        agent.parameters(), lr=torch.tensor(args.learning_rate, device=run.device), eps=1e-5, fused=True,
-        capturable=run.device.type == "cuda",
-    )  # fmt: skip
+    optimizer = Adam(agent.parameters(), args.learning_rate, eps=1e-5)
     generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
     env.generator.manual_seed(rank_seed(args.seed))
     run.keep(agent=agent, optimizer=optimizer, generator=generator, market_generator=env.generator)
     validation = hedging_validation(env.like(4096))
     if run.iteration == 0:  # the untrained policy, for the learning curve
         run.log(validation(agent.policy))
-    act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     def iterate() -> Tensor:
-        batch = rollout(env, agent, act, args, generator)
+        batch = rollout(env, agent, args, generator)
         return update(agent, optimizer, batch, loss_function, args, generator)
 
     iterate = run.captured(iterate)

@@ -48,6 +48,7 @@ class Dynamics:
     dt: float = 1 / TRADING_DAYS
     initial_variance: float  # annualised, at the start of every path
     last_step: float = math.inf  # steps after which the model ends
+    follows_row_numbers: bool = False  # whether a path depends on the number of its row, not on its noise alone
 
     @property
     def pricing_model(self) -> "Dynamics":

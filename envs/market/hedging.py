@@ -22,7 +22,7 @@ from scipy.stats import nbinom, poisson
 
 from envs.market import black_scholes
 from envs.market.black_scholes import normal_cdf
-from envs.market.dynamics import GBM, Dynamics, draw_noise
+from envs.market.dynamics import GBM, Dynamics
 from envs.market.env import MarketEnv, Part
 from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY
 
@@ -295,17 +295,22 @@ class HedgingEnv(MarketEnv):
         The same seed gives the same market, whatever the policy; row i does not depend on `num_envs`.
         """
         self._seed(seed, options)
-        n = self.num_envs
-        steps = self.num_steps
-        per_step = self.dynamics.noise_size
-        split = steps * per_step
-        has_orders = self.order_law.rate > 0
-        size = split + (2 * steps * self.num_options if has_orders else 0)
-        noise = draw_noise(n, size, self.generator, self.dtype)
-        spot, variance = self.dynamics.simulate(noise[:, :split].view(n, steps, per_step), self.initial_spot)
-        orders = self.order_law.draw(noise[:, split:].view(n, steps, self.num_options, 2)) if has_orders else None
-        self.set_market(spot, variance, orders)
+        normals = self.num_steps * self.dynamics.noise_size
+        if self.order_law.rate > 0:
+            normals += 2 * self.num_steps * self.num_options
+        spot, variance, *orders = self._draw_paths(normals, self._paths)
+        self.set_market(spot, variance, tuple(orders) or None)
         return self.replay()
+
+    def _paths(self, noise: Tensor) -> tuple[Tensor, ...]:
+        """Normals (n, as many as an episode takes) → what `set_market` takes: spot, variance and any orders."""
+        n = len(noise)
+        split = self.num_steps * self.dynamics.noise_size
+        spot_noise = noise[:, :split].view(n, self.num_steps, self.dynamics.noise_size)
+        paths = self.dynamics.simulate(spot_noise, self.initial_spot)
+        if self.order_law.rate > 0:
+            paths += self.order_law.draw(noise[:, split:].view(n, self.num_steps, self.num_options, 2))
+        return paths
 
     def set_market(self, spot: Tensor, variance: Tensor, orders: tuple[Tensor, Tensor] | None = None) -> None:
         """Replaces the market by given paths; `replay` then starts on them.

@@ -59,6 +59,8 @@ class Historical(Dynamics):
         """Number of overlapping windows of `num_steps` returns."""
         return len(self.log_returns) - num_steps + 1
 
+    follows_row_numbers = True
+
     def simulate(self, noise, spot=100.0):
         num_paths, num_steps = noise.shape[:2]
         start = torch.arange(num_paths) % self.num_windows(num_steps)

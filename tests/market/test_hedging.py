@@ -123,6 +123,35 @@ def test_same_seed_same_market_and_zero_is_a_seed():
     assert not torch.equal(env.spot, spot)
 
 
+@pytest.mark.parametrize("make_env", [HedgingEnv, book_env])
+@pytest.mark.parametrize("rows", [7, 64, 300])
+@pytest.mark.parametrize("name", MODELS)
+def test_drawing_episodes_ahead_changes_no_number(make_env, rows, name, monkeypatch):
+    """Nor does stopping between them, which a checkpoint of the generator's state does."""
+    env, alone, resumed = (make_env(rows, MODELS[name]) for _ in range(3))
+    generators = [env.generator, alone.generator, resumed.generator]
+    for generator in generators[:2]:
+        generator.manual_seed(5)
+    for episode in range(5):
+        env.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr("envs.market.env.ROWS_AHEAD", 0)
+            alone.reset()
+        others = [alone]
+        if episode > 2:
+            resumed.reset()
+            others.append(resumed)
+        for other in others:
+            for tensor in ("spot", "variance", "order_size", "delta"):
+                assert torch.equal(getattr(env, tensor), getattr(other, tensor)), (episode, tensor)
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+        if episode == 2:
+            resumed.generator.set_state(env.generator.get_state())
+    env.generator.manual_seed(5)
+    first, _ = env.reset()
+    assert torch.equal(first, env.reset(seed=5)[0])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_do_not_depend_on_other_rows(name):
     """Neither on how many there are, nor on what is done in them."""
