@@ -33,6 +33,7 @@ from envs.market.quoting import BadQuote
 from envs.market.rivals import in_market
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_options, check_unseen, make_model
+from envs.networks import ActorCritic, Adam, clip_gradients, minibatches
 from envs.run.args import BatchedRunArgs, check_copies, check_ppo, check_range
 from envs.run.errors import check
 from envs.run.files import check_memory, load_checkpoint, load_weights
@@ -193,12 +194,6 @@ def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device
 # ALGO LOGIC: the agent
 
 
-def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Agent(nn.Module):
     """Gaussian policy and value function, two tanh layers each; the environment's action is `to_quote` of the raw one.
 
@@ -212,15 +207,7 @@ class Agent(nn.Module):
         size = market.maker_observation_space.shape[0]
         self.options = options = market.num_options
         self.parts = (4, options, options)  # of the raw action: common numbers, tilts, widths
-
-        def network(outputs: int, std: float) -> nn.Sequential:
-            return nn.Sequential(
-                layer_init(nn.Linear(size, HIDDEN)), nn.Tanh(), layer_init(nn.Linear(HIDDEN, HIDDEN)), nn.Tanh(),
-                layer_init(nn.Linear(HIDDEN, outputs), std),
-            )  # fmt: skip
-
-        self.actor_mean = network(sum(self.parts), 0.01)
-        self.critic = network(1, 1.0)
+        self.network = ActorCritic(size, sum(self.parts), HIDDEN)
         self.actor_logstd = nn.Parameter(torch.full((sum(self.parts),), -0.5))
         self.choice = (market.choice_sensitivity, market.reference_edge)
         self.rival_edges = market.columns["rival edges"]
@@ -264,16 +251,16 @@ class Agent(nn.Module):
 
     def imitate(self, market: QuotingEnv, observed: Tensor, acted: Tensor, generator: torch.Generator) -> None:
         """Regresses the policy on another maker's actions: least squares, quotes weighted by their option's vega."""
-        optimizer = torch.optim.Adam(self.actor_mean.parameters(), lr=3e-3)
+        optimizer = Adam(self.network.parameters(), 3e-3)
         vegas = market.vegas_at(market.decode(observed))
         weight = torch.cat((vegas, vegas), 1) / vegas.mean()  # of asks and bids
         quotes = weight.shape[1]
         normalised = self.normalise(observed)
         for i in range(IMITATION):
-            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - i / IMITATION)
+            optimizer.param_groups[0]["lr"].fill_(3e-3 * (1 - i / IMITATION))
             rows = torch.randint(len(observed), (4096,), generator=generator, device=observed.device)
             wanted = acted[rows]
-            missed = self.to_quote(observed[rows], self.actor_mean(normalised[rows])) - wanted.clamp(-MOST, MOST)
+            missed = self.to_quote(observed[rows], self.network.actor(normalised[rows])) - wanted.clamp(-MOST, MOST)
             loss = (missed[:, :quotes].square() * weight[rows]).mean() + 3.0 * missed[:, quotes:].square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -307,29 +294,21 @@ class Agent(nn.Module):
         band = self.band * common[:, 3:4].exp()
         return torch.cat((half_spreads + up, half_spreads - up, target, band), -1)
 
-    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """Normalised observation, normals (n, actions) → raw action (n, actions)."""
-        return self.actor_mean(observation) + self.actor_logstd.exp() * noise
-
-    def values(self, observations: Tensor) -> Tensor:
-        """Normalised observations (num_steps, n, size) → values (num_steps, n), some thousand rows at a time: more do
-        not fit into the cache of a CPU."""
-        parts = [self.critic(part)[:, 0] for part in observations.flatten(0, 1).split(4096)]
-        return torch.cat(parts).view(observations.shape[:2])
-
-    def log_probability(self, noise: Tensor) -> Tensor:
-        """Of the actions that these normals (…, actions) make, (…)."""
-        return (-0.5 * noise**2 - self.actor_logstd - 0.5 * math.log(2 * math.pi)).sum(-1)
+    def logprob(self, noise: Tensor) -> Tensor:
+        """Log-probability (…) of the raw action that lies `noise` (…, actions) standard deviations from the mean."""
+        log_density = -0.5 * noise.square().sum(-1)
+        return log_density - (self.actor_logstd + 0.5 * math.log(2 * math.pi)).sum()
 
     def evaluate_actions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised observations and raw actions → log-probabilities (n,), entropy (), values (n,)."""
-        noise = (action - self.actor_mean(observation)) * torch.exp(-self.actor_logstd)
+        mean, value = self.network(observation)
+        logprob = self.logprob((action - mean) * torch.exp(-self.actor_logstd))
         entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.actor_logstd).sum()
-        return self.log_probability(noise), entropy, self.critic(observation)[:, 0]
+        return logprob, entropy, value
 
     def policy(self, observation: Tensor) -> Tensor:
         """The deterministic policy that is benchmarked: observation (n, size) → environment action."""
-        return self.to_quote(observation, self.actor_mean(self.normalise(observation)))
+        return self.to_quote(observation, self.network.actor(self.normalise(observation)))
 
 
 # ALGO LOGIC: self-play
@@ -469,7 +448,7 @@ class Opponents(nn.Module):
 
 
 class Batch(NamedTuple):
-    """A rollout, flattened over time and environments: (num_steps · num_envs, …)."""
+    """Steps of a rollout, in any order: (n, …)."""
 
     observations: Tensor  # normalised
     actions: Tensor  # raw
@@ -478,8 +457,8 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
-def exploration(env: QuotingEnv, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
-    """Normals (num_steps, num_envs, actions) of the raw actions. Copies of a market explore in pairs, in opposite
+def exploration_noise(env: QuotingEnv, agent: Agent, args: Args, generator: torch.Generator) -> Tensor:
+    """Normals (num_steps, num_envs, actions), the exploration's noise. Copies of a market explore in pairs, in opposite
     directions: what they earn then differs more by what they try than it would with independent noise."""
     shape = (env.num_steps, env.num_envs // min(args.copies, 2), len(agent.actor_logstd))
     noise = torch.randn(shape, generator=generator, device=agent.actor_logstd.device)
@@ -487,13 +466,13 @@ def exploration(env: QuotingEnv, agent: Agent, args: Args, generator: torch.Gene
 
 
 @torch.no_grad()
-def rollout(
-    market: QuotingEnv, agent: Agent, opponent, act, args: Args, generator: torch.Generator
-) -> tuple[Batch, Tensor]:
+def rollout(market: QuotingEnv, agent: Agent, opponent, args: Args, generator: torch.Generator) -> tuple[Batch, Tensor]:
     """Plays one whole episode in every environment and estimates the agent's advantages (GAE; the end is terminal).
 
     The agent's seat goes round from row to row, `opponent` has all others. Also returns by how much the opponents'
-    objectives were above the agent's, (num_envs,)."""
+    objectives were above the agent's, (num_envs,). In the loop is only what the next action needs; the rest is done for
+    all steps at once.
+    """
     n, num_makers = market.num_envs, market.num_makers
     rows = torch.arange(n, device=market.device)
     seats = rows % num_makers
@@ -502,18 +481,18 @@ def rollout(
     others = (rows[:, None] * num_makers + market.rivals[seats]).flatten()
     in_seats = torch.cat((own, others)).argsort()
     observation, _ = market.reset(options={"copies": args.copies})
-    noise = exploration(market, agent, args, generator)
-    observations = []
-    actions = []
+    noise = exploration_noise(market, agent, args, generator)
+    exploration = agent.actor_logstd.exp() * noise
+    steps = []
     for t in range(market.num_steps):
         observation = observation.flatten(0, 1)
         seen = observation[own]
         normalised = agent.normalise(seen)
-        action = act(normalised, noise[t])
+        action = agent.network.actor(normalised) + exploration[t]
+        steps.append((normalised, action))
         quotes = torch.cat((agent.to_quote(seen, action), opponent(observation[others])))
         observation = market.advance(quotes[in_seats].unflatten(0, (n, num_makers)))
-        observations.append(normalised)
-        actions.append(action)
+    observations, actions = (torch.stack(column) for column in zip(*steps, strict=True))
     rewards, info = market.settle()
     # Who trades and how the market moves is chance. The agent learns from the means that the environment knows: the
     # expected edge, no ΔW, and its expected square. The optimum is the same and there is less noise.
@@ -521,27 +500,21 @@ def rollout(
     earned = rewards.flatten(1)[:, own]
     lead = ((rewards.sum(-1) - earned) / (num_makers - 1) - earned).sum(0)
     rewards = args.reward_scale * earned
-    observations = torch.stack(observations)
-    actions = torch.stack(actions)
-    logprobs = agent.log_probability(noise)
-    values = agent.values(observations)
-    advantages = torch.empty_like(rewards)
-    next_value = torch.zeros_like(rewards[0])
-    advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(market.num_steps)):
-        error = rewards[t] + args.gamma * next_value - values[t]
-        advantage = error + args.gamma * args.gae_lambda * advantage
-        advantages[t] = advantage
-        next_value = values[t]
+    values = agent.network.critic(observations.flatten(0, 1)).view_as(rewards)
+    advantages = rewards - values  # the errors of one step, before they are added up
+    advantages[:-1] += args.gamma * values[1:]
+    for t in reversed(range(market.num_steps - 1)):
+        advantages[t] += args.gamma * args.gae_lambda * advantages[t + 1]
     returns = advantages + values
     # Copies of a market differ in their exploration (and in the seat): their mean advantage is luck, and is taken off
     luck = advantages.unflatten(1, (-1, args.copies)).mean(-1) if args.copies > 1 else torch.zeros_like(advantages)
     advantages = advantages - luck.repeat_interleave(args.copies, 1)
-    return Batch(*(x.flatten(0, 1) for x in (observations, actions, logprobs, advantages, returns))), lead
+    columns = (observations, actions, agent.logprob(noise), advantages, returns)
+    return Batch(*(column.flatten(0, 1) for column in columns)), lead
 
 
-def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
-    """Loss of a minibatch, and its parts: policy loss, value loss, entropy, approximate KL, clipped fraction."""
+def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss of a minibatch, and what `describe` takes: policy loss, value loss, entropy, logarithms of the ratios."""
     logprobs, entropy, values = agent.evaluate_actions(batch.observations, batch.actions)
     logratio = logprobs - batch.logprobs
     ratio = logratio.exp()
@@ -550,43 +523,37 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
         advantages = standardise(advantages)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
-    value_loss = 0.5 * (values - batch.returns).square().mean()
+    value_loss = 0.5 * nn.functional.mse_loss(values, batch.returns)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - logratio).mean()
-        clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        parts = torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction))
-    return loss, parts
+    return loss, (policy_loss, value_loss, entropy, logratio)
 
 
 LOSS_NAMES = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac")
 
 
+@torch.no_grad()
+def describe(parts: tuple[Tensor, ...], args: Args) -> Tensor:
+    """What is logged of a minibatch's loss, (5,), in the order of `LOSS_NAMES`."""
+    policy_loss, value_loss, entropy, logratio = parts
+    approx_kl = (logratio.exp() - 1 - logratio).mean()
+    clip_fraction = ((logratio.exp() - 1).abs() > args.clip_coef).float().mean()
+    return torch.stack((policy_loss, value_loss, entropy, approx_kl, clip_fraction))
+
+
 def update(agent: Agent, optimizer, batch: Batch, loss_function, args: Args, generator: torch.Generator) -> Tensor:
-    """PPO's epochs over one rollout. Returns the mean of the loss parts (5,) and never waits for the device."""
-    parts = []
-    size = len(batch.logprobs)
+    """PPO's epochs over one rollout. Returns `describe` of the last minibatch (5,) and never waits for the device."""
     for _ in range(args.update_epochs):
-        order = torch.rand(size, generator=generator, device=batch.logprobs.device).argsort()
-        for index in order.view(args.num_minibatches, -1):
-            loss, loss_parts = loss_function(agent, Batch(*(x[index] for x in batch)), args)
+        for minibatch in minibatches(batch, args.num_minibatches, generator):
+            loss, parts = loss_function(agent, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
             average_gradients(agent)  # over the processes of torchrun
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            clip_gradients(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             with torch.no_grad():
                 agent.actor_logstd.clamp_(min=math.log(args.min_std))
-            parts.append(loss_parts)
     check_equal_parameters(agent)
-    return torch.stack(parts).mean(0)
-
-
-def make_optimizer(args: Args, agent: Agent) -> torch.optim.Adam:
-    """Adam, with a tensor as learning rate, so that a captured update sees it change."""
-    device = agent.actor_logstd.device
-    rate = torch.tensor(args.learning_rate, device=device)
-    return torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=device.type == "cuda")
+    return describe(parts, args)
 
 
 @torch.no_grad()
@@ -626,7 +593,7 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     agent = starting_agent(run, classics.policies[classics.imitated], known, market)
     average = copy.deepcopy(agent).requires_grad_(False)  # moves less with the noise of every update
     opponents = Opponents(args, agent, list(guests.values()), known, market).to(run.device)
-    optimizer = make_optimizer(args, agent)
+    optimizer = Adam(agent.parameters(), args.learning_rate, eps=1e-5)
     generator = run.generator(args.seed + EXPLORATION_SEED)  # of exploration and minibatches
     market.generator.manual_seed(rank_seed(args.seed))
     pool_generator = torch.Generator(run.device).manual_seed(args.seed + OPPONENT_SEED)  # the same in every process
@@ -639,11 +606,10 @@ def train(run: Run, classics: Makers, guests: dict[str, Tensor]) -> tuple[Agent,
     validation = SelfplayValidation(classics, EPISODES)
     if run.iteration == 0:  # the untrained policy, for the learning curve
         run.log(validation(average.policy))
-    act = torch.compile(agent.act) if args.compile else agent.act
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
 
     def iterate() -> Tensor:
-        batch, lead = rollout(market, agent, opponents.policy, act, args, generator)
+        batch, lead = rollout(market, agent, opponents.policy, args, generator)
         opponents.score(lead)
         losses = update(agent, optimizer, batch, loss_function, args, generator)
         follow(average, agent, args)
@@ -677,13 +643,13 @@ def best_response(run: Run, market: QuotingEnv, agent: Agent) -> Agent:
     market = market.like(args.rows)
     response = copy.deepcopy(agent).requires_grad_(True)
     average = copy.deepcopy(agent).requires_grad_(False)
-    optimizer = make_optimizer(args, response)
+    optimizer = Adam(response.parameters(), args.learning_rate, eps=1e-5)
     generator = run.generator(args.seed + RESPONSE_SEED + EXPLORATION_SEED)
     market.generator.manual_seed(rank_seed(args.seed + RESPONSE_SEED))
     validation = Validation(against(market.like(EPISODES), agent.policy), agent.policy, "the agent")
 
     def iterate() -> Tensor:
-        batch, _ = rollout(market, response, agent.policy, response.act, args, generator)
+        batch, _ = rollout(market, response, agent.policy, args, generator)
         losses = update(response, optimizer, batch, ppo_loss, args, generator)
         follow(average, response, args)
         return losses

@@ -33,7 +33,7 @@ MINUS_ONE = torch.tensor(-1.0)
 
 def tanh_layer(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """tanh(x weight + bias) of a batch of matrices."""
-    if FAST_TANH or x.is_cuda:
+    if FAST_TANH or not x.is_cpu:
         return torch.baddbmm(bias, x, weight).tanh_()
     y = torch.baddbmm(bias, x, weight, beta=2, alpha=2).sigmoid_()
     return torch.add(MINUS_ONE, y, alpha=2, out=y)
@@ -181,7 +181,7 @@ class Networks(nn.Module):
     @staticmethod
     def blocks(x: Tensor) -> tuple[Tensor, ...]:
         """x (n, …) in the blocks of rows that are worked on at a time."""
-        return (x,) if len(x) <= BLOCK or x.is_cuda else x.split(BLOCK)
+        return (x,) if len(x) <= BLOCK or not x.is_cpu else x.split(BLOCK)
 
     @staticmethod
     def join(blocks: list[list[Tensor]]) -> tuple[Tensor, ...]:
@@ -314,10 +314,10 @@ def minibatches(batch: NamedTuple, number: int, generator: torch.Generator) -> I
     """
     columns = [column.unsqueeze(-1) if column.ndim == 1 else column for column in batch]
     rows = torch.cat(columns, -1)
-    if rows.is_cuda:  # as a graph can capture it
-        order = torch.rand(len(rows), generator=generator, device=rows.device).argsort()
-    else:
+    if rows.is_cpu:
         order = torch.randperm(len(rows), generator=generator)
+    else:  # as a CUDA graph can capture it
+        order = torch.rand(len(rows), generator=generator, device=rows.device).argsort()
     widths = [column.shape[-1] for column in columns]
     for part in rows[order].chunk(number):
         parts = part.split(widths, -1)

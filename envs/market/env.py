@@ -111,7 +111,8 @@ class MarketEnv(VectorEnv):
         """The state before the first reset: a step is an error, and the generator has a random seed."""
         self.generator = torch.Generator(self.device)
         self.generator.seed()
-        self.ahead = []  # (state of the generator after it, paths) of the episodes drawn ahead
+        self.ahead = []  # (state of the generator after it, paths) of the episodes drawn ahead, for so many rows:
+        self.ahead_for = 0
         self.t = self.num_steps
 
     def like(self, num_envs: int) -> Self:
@@ -126,20 +127,19 @@ class MarketEnv(VectorEnv):
         if seed is not None:
             self.generator.manual_seed(seed)
 
-    def _draw_paths(self, normals: int, paths: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The paths (num_envs, …) of the next episode, from `normals` numbers of the generator for each of its rows.
+    def _draw_paths(self, n: int, normals: int, paths: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The paths (n, …) of the next episode, from `normals` numbers of the generator for each of its rows.
 
         On a CPU, operations on few rows cost as much as on many. So few environments have the paths of several episodes
         computed at once, and the generator is then put where drawing this one alone would have left it: numbers and
         checkpoints do not depend on it. Rows are filled up so that no row is at the end of a vectorised loop, where the
         last digits differ.
         """
-        n = self.num_envs
         rows = -(-n // ROWS_TOGETHER) * ROWS_TOGETHER
         episodes = ROWS_AHEAD // rows
         if episodes < 2 or self.device.type != "cpu" or self.dynamics.follows_row_numbers:
             return tuple(column[:n] for column in paths(draw_noise(rows, normals, self.generator, self.dtype)))
-        if not (self.ahead and torch.equal(self.generator.get_state(), self.state)):
+        if not (self.ahead and self.ahead_for == n and torch.equal(self.generator.get_state(), self.state)):
             noise = []
             states = []
             for _ in range(episodes):
@@ -147,6 +147,7 @@ class MarketEnv(VectorEnv):
                 states.append(self.generator.get_state())
             columns = (column.split(rows) for column in paths(torch.cat(noise)))
             self.ahead = list(zip(states, zip(*columns, strict=True), strict=True))
+            self.ahead_for = n
         self.state, columns = self.ahead.pop(0)
         self.generator.set_state(self.state)
         return tuple(column[:n] for column in columns)

@@ -298,7 +298,7 @@ class HedgingEnv(MarketEnv):
         normals = self.num_steps * self.dynamics.noise_size
         if self.order_law.rate > 0:
             normals += 2 * self.num_steps * self.num_options
-        spot, variance, *orders = self._draw_paths(normals, self._paths)
+        spot, variance, *orders = self._draw_paths(self.num_envs, normals, self._paths)
         self.set_market(spot, variance, tuple(orders) or None)
         return self.replay()
 

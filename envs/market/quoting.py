@@ -27,7 +27,7 @@ from scipy.stats import poisson
 
 from envs.market import black_scholes
 from envs.market.black_scholes import normal_cdf
-from envs.market.dynamics import Dynamics, Heston, draw_noise
+from envs.market.dynamics import Dynamics, Heston
 from envs.market.env import MarketEnv, Part
 from envs.market.fair import known_premium_table
 from envs.market.hedging import Option, check_increasing, nearest_in_band
@@ -402,17 +402,20 @@ class QuotingEnv(MarketEnv):
         if not (copies >= 1 and self.num_envs % copies == 0):
             raise ValueError(f"copies is {copies} (at least 1, must divide num_envs = {self.num_envs})")
         self._seed(seed, options)
-        n = self.num_envs // copies
+        self.set_market(*self._draw_paths(self.num_envs // copies, self.noise_size, self._paths), copies)
+        return self.replay()
+
+    def _paths(self, noise: Tensor) -> tuple[Tensor, ...]:
+        """Normals (n, noise_size) → what `set_market` takes: spot, variance, intensity and marks."""
+        n = len(noise)
         steps = self.num_steps
         per_step = self.dynamics.noise_size
-        noise = draw_noise(n, self.noise_size, self.generator, self.dtype)
         sizes = (steps * per_step, steps, noise.shape[1] - steps * (per_step + 1))
         of_underlying, of_flow, of_takers = noise.split(sizes, 1)
         spot, variance = self.dynamics.simulate(of_underlying.view(n, steps, per_step), self.initial_spot)
         flow = self._autoregression(of_flow)
         intensity = self.arrival_rate * torch.stack((1.0 + flow, 1.0 - flow), -1)  # (n, steps, 2)
-        self.set_market(spot, variance, intensity, self._marks(of_takers, intensity), copies)
-        return self.replay()
+        return spot, variance, intensity, self._marks(of_takers, intensity)
 
     def _autoregression(self, noise: Tensor) -> Tensor:
         """Imbalance f of the order flow (n, steps), stationary, cut at ±`MAX_FLOW`, from normals of that shape."""

@@ -63,6 +63,31 @@ def test_wealth_is_cash_and_marked_positions_whatever_the_actions(name, num_make
     torch.testing.assert_close(env.wealth, total, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("rows", "copies"), [(7, 1), (64, 4), (300, 2)])
+def test_drawing_episodes_ahead_changes_no_number(name, rows, copies, monkeypatch):
+    """Nor does stopping between them, as a checkpoint of the generator's state does, nor another number of copies."""
+    env, alone, resumed = (make(rows, model_called(name)) for _ in range(3))
+    for other in (env, alone):
+        other.generator.manual_seed(5)
+    for episode in range(5):
+        options = {"copies": copies if episode != 1 else 1}
+        env.reset(options=options)
+        with monkeypatch.context() as patch:
+            patch.setattr("envs.market.env.ROWS_AHEAD", 0)
+            alone.reset(options=options)
+        others = [alone]
+        if episode > 2:
+            resumed.reset(options=options)
+            others.append(resumed)
+        for other in others:
+            for table in quoting.TABLES:
+                assert torch.equal(getattr(env, table), getattr(other, table)), (episode, table)
+        assert torch.equal(env.generator.get_state(), alone.generator.get_state())
+        if episode == 2:
+            resumed.generator.set_state(env.generator.get_state())
+
+
 @pytest.mark.parametrize("name", ["heston", "merton"])
 @pytest.mark.parametrize("num_makers", [2, 3])
 @pytest.mark.parametrize("informed_share", [0.0, 0.2, 1.0])

@@ -126,7 +126,7 @@ def hedging_iteration(model):
     agent, env, generator = phase1.Agent(env).to(META), on_meta(env), MetaGenerator()
 
     def iterate():
-        batch = phase1.rollout(env, agent, agent.act, args, generator)
+        batch = phase1.rollout(env, agent, args, generator)
         phase1.update(agent, sgd(agent), batch, phase1.ppo_loss, args, generator)
 
     return iterate
@@ -154,7 +154,7 @@ def quoting_iteration(model):
     agent, generator, env = phase3.Agent(market).to(META), MetaGenerator(), classics_of(market).env
 
     def iterate():
-        batch = phase3.rollout(env, agent, agent.act, args, generator)
+        batch = phase3.rollout(env, agent, args, generator)
         phase3.update(agent, sgd(agent), batch, phase3.ppo_loss, args, generator)
 
     return iterate
@@ -168,7 +168,7 @@ def selfplay_iteration(model):
     opponents = phase4.Opponents(args, agent, [], [classics.policies[name] for name in CLASSICS], market).to(META)
 
     def iterate():
-        batch, lead = phase4.rollout(market, agent, opponents.policy, agent.act, args, generator)
+        batch, lead = phase4.rollout(market, agent, opponents.policy, args, generator)
         opponents.score(lead)
         phase4.update(agent, sgd(agent), batch, phase4.ppo_loss, args, generator)
 
@@ -285,6 +285,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
     monkeypatch.setattr(QuotingEnv, "_check", lambda self, *actions: None)
+    monkeypatch.setattr("envs.market.env.ROWS_AHEAD", 0)  # only a CPU draws ahead
     monkeypatch.setattr(phase3, "EPISODES", 16)
     monkeypatch.setattr(phase4, "EPISODES", 16)
     torch.autograd.set_multithreading_enabled(False)  # modes are of a thread

@@ -29,7 +29,7 @@ def test_agent_policy_is_what_training_acts_with():
     agent = phase1.Agent(env)
     agent.fit_normaliser(env)
     observation, _ = env.reset(seed=0)
-    raw, _, _ = agent.act(agent.normalise(observation), torch.zeros(16, 2))
+    raw = agent.network.actor(agent.normalise(observation))
     torch.testing.assert_close(agent.policy(observation), agent.to_band(raw))
     logprob, _, _ = agent.evaluate_actions(agent.normalise(observation), raw)
     expected = torch.distributions.Normal(raw, agent.actor_logstd.exp()).log_prob(raw).sum(-1)

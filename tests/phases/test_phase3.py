@@ -155,20 +155,20 @@ def test_tilts_and_widths_are_of_one_option():
 def test_learns_from_the_reward_less_its_noise():
     args, env, agent, _ = make(32)
     env.generator.manual_seed(5)
-    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    batch = phase3.rollout(env, agent, args, torch.Generator().manual_seed(0))
     env.generator.manual_seed(5)
     observation, _ = env.reset(options={"copies": args.copies})
-    noise = phase3.exploration(env, agent, args, torch.Generator().manual_seed(0))
+    noise = phase3.exploration_noise(env, agent, args, torch.Generator().manual_seed(0))
     rewards, raws = [], []
     for t in range(env.num_steps):
-        action = agent.act(agent.normalise(observation), noise[t])
+        action = agent.network.actor(agent.normalise(observation)) + agent.actor_logstd.exp() * noise[t]
         observation, reward, _, _, info = env.step(agent.to_quote(observation, action))
         rewards.append(args.reward_scale * (reward - info["noise"]))
         raws.append(reward)
     # with λ = 1 the return of the first step is the sum of all rewards
     args.gae_lambda = 1.0
     env.generator.manual_seed(5)
-    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    batch = phase3.rollout(env, agent, args, torch.Generator().manual_seed(0))
     torch.testing.assert_close(batch.returns[:32], torch.stack(rewards).sum(0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(torch.stack(raws).sum(0) * args.reward_scale, torch.stack(rewards).sum(0))
 
@@ -176,19 +176,19 @@ def test_learns_from_the_reward_less_its_noise():
 def test_copies_of_a_market_explore_in_opposite_pairs():
     """So their noise cancels, and what they all earn is luck, which teaches nothing."""
     args, env, agent, _ = make(32, copies=4)
-    noise = phase3.exploration(env, agent, args, torch.Generator().manual_seed(0))
+    noise = phase3.exploration_noise(env, agent, args, torch.Generator().manual_seed(0))
     assert noise.shape == (env.num_steps, 32, 14)
     noise = noise[0]
     assert torch.equal(noise[::2], -noise[1::2])
     assert noise[::2].unique(dim=0).shape == (16, 14)
     assert noise.std().item() == pytest.approx(1, abs=0.1)
-    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    batch = phase3.rollout(env, agent, args, torch.Generator().manual_seed(0))
     of_copies = batch.advantages.view(env.num_steps, 8, 4)
     assert of_copies.mean(-1).abs().max() < 1e-5 < of_copies.std()
     args.copies = 1
-    (alone, *_) = phase3.exploration(env, agent, args, torch.Generator().manual_seed(0))
+    (alone, *_) = phase3.exploration_noise(env, agent, args, torch.Generator().manual_seed(0))
     assert not torch.allclose(alone[::2], -alone[1::2])
-    batch = phase3.rollout(env, agent, agent.act, args, torch.Generator().manual_seed(0))
+    batch = phase3.rollout(env, agent, args, torch.Generator().manual_seed(0))
     assert batch.advantages.view(env.num_steps, 8, 4).mean(-1).abs().max() > 0.01
 
 
@@ -198,7 +198,7 @@ def test_the_average_is_what_is_kept(tmp_path):
     classics = makers.assemble(env.env, invented(makers.AVELLANEDA_STOIKOV, makers.BELIEVER_BAND), "invented")
     average = phase3.train(PHASE.run(args, tmp_path), classics)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    weights = [x["actor_mean.4.weight"] for x in (average.state_dict(), saved["agent"], saved["learner"])]
+    weights = [x["network.actor.4.weight"] for x in (average.state_dict(), saved["agent"], saved["learner"])]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
     assert not any(p.requires_grad for p in average.parameters())
@@ -209,13 +209,14 @@ def test_logprob_is_gaussian():
     _, env, agent, _ = make()
     observation, _ = env.reset(seed=0)
     observation, noise = agent.normalise(observation), torch.randn(64, 14)
-    action, logprob = agent.act(observation, noise), agent.log_probability(noise)
-    normal = torch.distributions.Normal(agent.actor_mean(observation), agent.actor_logstd.exp())
+    normal = torch.distributions.Normal(agent.network.actor(observation), agent.actor_logstd.exp())
+    action = normal.mean + normal.stddev * noise
+    logprob = agent.logprob(noise)
     torch.testing.assert_close(logprob, normal.log_prob(action).sum(-1), rtol=1e-4, atol=1e-4)
     again, entropy, same = agent.evaluate_actions(observation, action)
     torch.testing.assert_close(again, logprob, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(entropy, normal.entropy().sum(-1)[0])
-    torch.testing.assert_close(same, agent.values(observation[None])[0])
+    torch.testing.assert_close(same, agent.network.critic(observation))
 
 
 def test_training_beats_the_named_baseline(tmp_path, monkeypatch):

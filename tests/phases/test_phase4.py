@@ -58,7 +58,7 @@ def marked(agent, number: float):
 
 
 def number(agent) -> float:
-    return next(agent.actor_mean.parameters()).flatten()[0].item()
+    return next(agent.network.parameters()).flatten()[0].item()
 
 
 def test_a_snapshot_is_the_whole_agent():
@@ -126,7 +126,7 @@ def test_seats_go_round():
     market = classics.env.env.like(7)
     rival = torch.tensor([*[0.123] * 10, 0.0, 0.5])
     generator = torch.Generator().manual_seed(0)
-    batch, _ = phase4.rollout(market, agent, lambda x: rival.expand(len(x), 12), agent.act, args, generator)
+    batch, _ = phase4.rollout(market, agent, lambda x: rival.expand(len(x), 12), args, generator)
     assert batch.observations.shape[0] == 7 * args.num_steps
     own = ((market.edges - 0.123).abs() > 1e-4).all(-1).all(-1)  # who quoted something else
     assert own.nonzero().tolist() == [[i, i % 3] for i in range(7)]
@@ -135,9 +135,9 @@ def test_seats_go_round():
 def test_copies_of_a_market_explore_in_opposite_pairs():
     args, classics, agent = make(num_envs=16, copies=4)
     market = classics.env.env.like(16)
-    noise = phase4.exploration(market, agent, args, torch.Generator().manual_seed(0))
+    noise = phase4.exploration_noise(market, agent, args, torch.Generator().manual_seed(0))
     assert torch.equal(noise[:, ::2], -noise[:, 1::2])
-    batch, _ = phase4.rollout(market, agent, agent.policy, agent.act, args, torch.Generator().manual_seed(0))
+    batch, _ = phase4.rollout(market, agent, agent.policy, args, torch.Generator().manual_seed(0))
     of_copies = batch.advantages.view(args.num_steps, 4, 4)
     assert of_copies.mean(-1).abs().max() < 1e-5 < of_copies.std()
 
@@ -147,7 +147,7 @@ def test_advantages_do_not_depend_on_the_seat():
     args, classics, agent = make(num_envs=2048)
     market = classics.env.env.like(2048)
     market.generator.manual_seed(0)
-    batch, lead = phase4.rollout(market, agent, agent.policy, agent.act, args, torch.Generator().manual_seed(0))
+    batch, lead = phase4.rollout(market, agent, agent.policy, args, torch.Generator().manual_seed(0))
     returns = batch.returns.view(args.num_steps, -1)[0]
     difference = returns[::2].mean() - returns[1::2].mean()
     assert abs(difference) < 4 * returns.std() * (4 / 2048) ** 0.5
