@@ -56,28 +56,30 @@ class _InMarket:
         self.maker = maker
         self.market = market
         self.rows = rows
-        self.known = (0, 0, 0)  # market, first and last step of the terms
+        self.known = 0  # number of the market that the terms are of
+        self.terms: dict[int, list[Tensor]] = {}  # of a step
 
     def __call__(self, observation: Tensor) -> Tensor:
         market = self.market
-        t = market.t
-        number, first, last = self.known
-        if number != market.markets or not first <= t < last:
-            self._compute(t)
-            first = t
-        terms = [term[t - first] for term in self.terms]
-        if terms and len(terms[0]) < len(observation):  # several makers in each row
-            terms = [term.repeat_interleave(len(observation) // len(term), 0) for term in terms]
-        return self.maker.respond(terms, observation)
+        if self.known != market.markets:
+            self.terms = {}
+            self.known = market.markets
+        if market.t not in self.terms:
+            self._compute(market.t, len(observation))
+        return self.maker.respond(self.terms[market.t], observation)
 
-    def _compute(self, t: int) -> None:
+    def _compute(self, t: int, makers: int) -> None:
+        """The terms of some steps from t on, for so many makers, the same number in each row."""
         market = self.market
-        steps = max(1, ROWS_AT_ONCE // market.num_envs)
-        last = min(t + steps, market.num_steps)
+        rows = len(range(*self.rows.indices(market.num_envs)))
+        last = min(t + max(1, ROWS_AT_ONCE // rows), market.num_steps)
         seen = market.public_observations(t, last).unflatten(0, (last - t, market.num_envs))[:, self.rows]
         terms = self.maker.terms(self.maker.env.decode(seen.flatten(0, 1)))
-        self.terms = [term.unflatten(0, seen.shape[:2]) for term in terms]
-        self.known = (market.markets, t, last)
+        terms = [term.unflatten(0, (last - t, rows)) for term in terms]
+        if makers > rows:
+            terms = [term.repeat_interleave(makers // rows, 1) for term in terms]
+        steps = zip(*(term.unbind() for term in terms), strict=True) if terms else [()] * (last - t)
+        self.terms = dict(zip(range(t, last), steps, strict=True))
 
 
 class AgainstRivals(VectorEnv):
