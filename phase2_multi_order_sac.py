@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,6 +27,7 @@ from envs.figures.hedging import hedging_report
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import option_grid
 from envs.models import ModelArgs, check_unseen, make_model
+from envs.networks import Adam, Networks
 from envs.run.args import BatchedRunArgs, check_range
 from envs.run.errors import check
 from envs.run.files import check_memory
@@ -35,6 +37,7 @@ from envs.run.seeds import EXPLORATION_SEED, SCALE_SEED
 
 Tensor = torch.Tensor
 PHASE = "phase2"  # a checkpoint is only loaded into the phase that wrote it
+UPDATES_AT_ONCE = 32  # whose batches are gathered together
 QUICK = {"total_timesteps": 500_000, "eval_episodes": 8192, "num_evaluations": 8}  # the flags that --quick sets
 
 
@@ -179,25 +182,6 @@ def make_env(args: Args, model: Dynamics, num_envs: int, device: torch.device) -
 # ALGO LOGIC: the agent
 
 
-class Twin(nn.Module):
-    """Two critics of two hidden layers in one batched product: input (n, size) → values (2, n)."""
-
-    def __init__(self, size: int, hidden: int):
-        super().__init__()
-        shapes = ((size, hidden), (hidden, hidden), (hidden, 1))
-        pairs = [[nn.Linear(*shape) for _ in range(2)] for shape in shapes]
-        self.weights = nn.ParameterList([torch.stack([layer.weight.detach().T for layer in pair]) for pair in pairs])
-        self.biases = nn.ParameterList([torch.stack([layer.bias.detach()[None] for layer in pair]) for pair in pairs])
-
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """With `frozen` no gradient reaches the parameters, only the input."""
-        x = x.expand(2, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            weight, bias = (weight.detach(), bias.detach()) if frozen else (weight, bias)
-            x = torch.baddbmm(bias, x if i == 0 else torch.relu_(x), weight)
-        return x[..., 0]
-
-
 class Agent(nn.Module):
     """Squashed Gaussian policy and twin critics of the book after a trade.
 
@@ -213,17 +197,14 @@ class Agent(nn.Module):
         actions = env.single_action_space.shape[0]
         self.num_actions = actions
         self.net_delta = env.columns["net delta"]
-        self.actor = nn.Sequential(
-            nn.Linear(size, hidden), nn.ReLU(True), nn.Linear(hidden, hidden), nn.ReLU(True),
-            nn.Linear(hidden, 2 * actions),
-        )  # fmt: skip
+        self.actor = Networks(size, hidden, {"actor": 2 * actions}, "relu")
         with torch.no_grad():  # starts at the band that `fit` finds
-            self.actor[-1].weight.mul_(0.01)
-            self.actor[-1].bias.copy_(torch.tensor([0.0] * actions + [-1.0] * actions))
+            weight, bias = self.actor.layers("actor")[-1]
+            weight.mul_(0.01)
+            bias.copy_(torch.tensor([0.0] * actions + [-1.0] * actions))
         self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = Twin(size, hidden)
-        self.target_critic = Twin(size, hidden).requires_grad_(False)
-        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.critics = Networks(size, hidden, {"one": 1, "two": 1}, "relu")
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
         # A constant band played before training gives the scales: observations are standardised, in natural units, by
         # what it met, and its half-width is the unit of the agent's bands. They are saved with the policy, so that it
@@ -251,31 +232,38 @@ class Agent(nn.Module):
         for _ in range(env.num_steps):
             seen.append(observation * self.observation_units)
             offsets.append(minimum_variance(observation)[:, 0])
-            observation, *_ = env.step(self.to_band(observation.new_zeros(env.num_envs, self.num_actions)))
+            observation = env.advance(self.to_band(observation.new_zeros(env.num_envs, self.num_actions)))
         self.offset.copy_(2.0 * torch.maximum(self.half_width, torch.cat(offsets).square().mean().sqrt()))
         std = torch.cat(seen).std(0)
         self.observation_mean.copy_(torch.cat(seen).mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market, where it does.
         self.observation_std.copy_(torch.where(std < 1e-3, 1.0, std))
 
-    def normalise(self, observation: Tensor) -> Tensor:
+    def book(self, observation: Tensor) -> Tensor:
+        """Observation (…, size) → what the actor sees: all of it normalised, and 0 in the place of the net delta."""
         natural = observation * self.observation_units
-        return ((natural - self.observation_mean) / self.observation_std).clamp(-10, 10)
+        book = ((natural - self.observation_mean) / self.observation_std).clamp(-10, 10)
+        book[..., self.net_delta] = 0.0
+        return book
 
-    def head(self, actor: nn.Module, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Observation (n, size) → mean and log standard deviation (n, actions) of the Gaussian to be squashed."""
-        book = self.normalise(observation)
-        book[:, self.net_delta] = 0.0
-        mean, log_std = actor(book).chunk(2, -1)
+    def with_net_delta(self, book: Tensor, net_delta: Tensor) -> Tensor:
+        """What the critics see: the book (n, size) with a net delta (n,) in shares."""
+        column = self.net_delta
+        normalised = (net_delta[:, None] - self.observation_mean[column]) / self.observation_std[column]
+        return torch.cat((book[:, : column.start], normalised.clamp(-10, 10), book[:, column.stop :]), -1)
+
+    def head(self, actor: Networks, book: Tensor) -> tuple[Tensor, Tensor]:
+        """Book (n, size) → mean and log standard deviation (n, actions) of the Gaussian to be squashed."""
+        mean, log_std = actor.only("actor", book).chunk(2, -1)
         return mean, log_std.clamp(-5, 1)
 
     def to_band(self, action: Tensor) -> Tensor:
         """Action (n, actions) in (−1, 1) → (centre offset, half-width) in shares; zero is the best constant band."""
         return torch.stack((self.offset * action[:, 0], self.half_width * torch.exp(1.5 * action[:, 1])), -1)
 
-    def act(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Observation, normals (n, actions) → action (n, actions) in (−1, 1) and its log-probability (n,)."""
-        mean, log_std = self.head(self.actor, observation)
+    def act(self, book: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Book, normals (n, actions) → action (n, actions) in (−1, 1) and its log-probability (n,)."""
+        mean, log_std = self.head(self.actor, book)
         raw = mean + log_std.exp() * noise
         log_slope = 2 * (math.log(2) - raw - nn.functional.softplus(-2 * raw))  # ln(1 − tanh²), stable where it is tiny
         logprob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_slope
@@ -283,51 +271,65 @@ class Agent(nn.Module):
 
     def policy(self, observation: Tensor) -> Tensor:
         """The deterministic policy that is benchmarked: observation (n, size) → environment action."""
-        return self.to_band(torch.tanh(self.head(self.average_actor, observation)[0]))
+        return self.to_band(torch.tanh(self.head(self.average_actor, self.book(observation))[0]))
 
 
 # ALGO LOGIC: SAC
 
 
-class ReplayBuffer(nn.Module):
-    """The last `capacity` transitions, as preallocated tensors on the device; a module, so that it can be saved.
+class Batch(NamedTuple):
+    """Transitions (n, …). An action is kept as what it did: the net delta after the trade, in the place of the one
+    before."""
 
-    An action is kept as what it did: the net delta after the trade, which the critics take in place of the one before.
-    """
+    books: Tensor  # what the actor sees, see `Agent.book`
+    net_deltas: Tensor  # before the trade, shares
+    share_costs: Tensor  # what trading one share costs, scaled
+    traded: Tensor  # net delta after the trade, shares
+    rewards: Tensor  # scaled, without the cost of the trade
+    dones: Tensor
+    next_books: Tensor
+    next_net_deltas: Tensor
+    next_share_costs: Tensor
+
+
+class ReplayBuffer(nn.Module):
+    """The last `capacity` transitions, in one table on the device: a row of it is gathered at once. A module, so that
+    it can be saved."""
 
     def __init__(self, capacity: int, observation_size: int):
         super().__init__()
-        self.register_buffer("observations", torch.zeros(capacity, observation_size))
-        self.register_buffer("net_deltas", torch.zeros(capacity))  # after the trade, in the observation's units
-        self.register_buffer("rewards", torch.zeros(capacity))  # scaled, without the cost of the trade
-        self.register_buffer("next_observations", torch.zeros(capacity, observation_size))
-        self.register_buffer("dones", torch.zeros(capacity))
+        self.widths = self.column_widths(observation_size)
+        self.register_buffer("table", torch.zeros(capacity, sum(self.widths)))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # tensors, so that a CUDA graph sees them
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
-    @property
-    def columns(self) -> tuple[Tensor, ...]:
-        """What a transition is made of, in the order of `add` and `sample`."""
-        return self.observations, self.net_deltas, self.rewards, self.next_observations, self.dones
-
     @staticmethod
-    def bytes_needed(capacity: int, observation_size: int) -> int:
-        return 4 * capacity * (2 * observation_size + 3)
+    def column_widths(observation_size: int) -> list[int]:
+        """Of what a `Batch` is made of."""
+        return [observation_size if "books" in name else 1 for name in Batch._fields]
 
-    def add(self, *columns: Tensor) -> None:
-        """Writes (n, …) observations, net deltas, rewards, next observations and dones over the oldest."""
-        capacity, n = len(self.rewards), len(columns[0])
-        rows = (self.position + torch.arange(n, device=self.rewards.device)) % capacity
-        for kept, column in zip(self.columns, columns, strict=True):
-            kept.index_copy_(0, rows, column)
-        self.position.copy_((self.position + n) % capacity)
-        self.filled.copy_((self.filled + n).clamp(max=capacity))
+    @classmethod
+    def bytes_needed(cls, capacity: int, observation_size: int) -> int:
+        return 4 * capacity * sum(cls.column_widths(observation_size))
 
-    def sample(self, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """`size` transitions, uniformly, with replacement."""
-        u = torch.rand(size, generator=generator, device=self.rewards.device, dtype=torch.float64)
-        rows = (u * self.filled).long()
-        return tuple(kept[rows] for kept in self.columns)
+    def add(self, batch: Batch) -> None:
+        """Writes transitions over the oldest."""
+        rows = torch.cat([column.view(len(column), -1) for column in batch], -1)
+        where = (self.position + torch.arange(len(rows), device=rows.device)) % len(self.table)
+        self.table.index_copy_(0, where, rows)
+        self.position.copy_((self.position + len(rows)) % len(self.table))
+        self.filled.copy_((self.filled + len(rows)).clamp(max=len(self.table)))
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Rows (n, …) of the table by name."""
+        columns = rows.split(self.widths, -1)
+        return Batch(*(x if "books" in name else x[:, 0] for name, x in zip(Batch._fields, columns, strict=True)))
+
+    def sample(self, number: int, size: int, generator: torch.Generator) -> list[Batch]:
+        """`number` batches of `size` transitions, uniformly, with replacement."""
+        u = torch.rand(number * size, generator=generator, device=self.table.device, dtype=torch.float64)
+        rows = self.table[(u * self.filled).long()]
+        return [self.batch(part) for part in rows.split(size)]
 
 
 @torch.no_grad()
@@ -335,81 +337,97 @@ def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, gen
     """Plays one whole episode in every environment into the buffer.
 
     The policy acts in some of them, and chance in `args.random_share` of them (with `explore` in all). Otherwise the
-    critics would see no net delta far from the policy's own bands, and forget what is wrong with it.
+    critics would see no net delta far from the policy's own bands, and forget what is wrong with it. In the loop is
+    only what the next action needs; the rest is done for all steps at once.
     """
-    scale = args.reward_scale / agent.reward_unit
-    minimum_variance = minimum_variance_delta(env)
     num_random = env.num_envs if explore else round(args.random_share * env.num_envs)
     observation, _ = env.reset()
-    for _ in range(env.num_steps):
-        noise = torch.randn(env.num_envs, agent.num_actions, generator=generator, device=env.device)
-        action, _ = agent.act(observation, noise)
-        action[:num_random] = torch.erf(noise[:num_random] / math.sqrt(2))  # uniform in (−1, 1)
-        band = agent.to_band(action)
-        after, trade_cost = env.after_trade(observation, band)
-        after = env.column(after, "net delta")
-        net_delta = env.book_scale * after
-        centre = minimum_variance(observation)[:, 0]
-        spot_variance = env.spot[env.t] ** 2 * env.variance[env.t] * env.dynamics.dt
-        risk = 0.5 * env.risk_aversion * spot_variance * net_delta * (net_delta - 2 * centre)
-        next_observation, _, terminated, _, info = env.step(band)
-        # The reward that is learnt from has the optimum of the raw one and a small part of its noise. It is the gain
-        # over Black–Scholes delta hedging on the same path, without ΔW, whose mean is zero. ½ΔW² less that of the delta
-        # hedge is replaced by its expectation, to first order; that is least at the minimum-variance delta. The critics
-        # know the cost of this trade, so it is added back. The delta hedge's cost is that of its *next* trade: its last
-        # one was known before ours, and the net delta would reveal it.
-        reward = scale * (info["hedged_cost"] - (info["cost"] - trade_cost) - risk)
-        buffer.add(observation, after, reward, next_observation, terminated.float())
-        observation = next_observation
+    shape = (env.num_steps, env.num_envs, agent.num_actions)
+    noise = torch.randn(shape, generator=generator, device=env.device)
+    by_chance = torch.erf(noise[:, :num_random] / math.sqrt(2))  # uniform in (−1, 1)
+    observations = [observation]
+    for t in range(env.num_steps):
+        mean, log_std = agent.head(agent.actor, agent.book(observation))
+        action = torch.tanh(mean + log_std.exp() * noise[t])
+        action[:num_random] = by_chance[t]
+        observation = env.advance(agent.to_band(action))
+        observations.append(observation)
+    observations = torch.stack(observations)
+    _, info = env.settle()
+    scale = args.reward_scale / agent.reward_unit
+    books = agent.book(observations)
+    net_deltas = env.book_scale * env.column(observations, "net delta")
+    traded = info["net_delta"]
+    share_costs = env.cost_rate * env.spot
+    trade_cost = share_costs[:-1] * (traded - net_deltas[:-1]).abs()
+    centre = minimum_variance_delta(env)(observations[:-1].flatten(0, 1))[:, 0].view_as(traded)
+    spot_variance = env.spot[:-1] ** 2 * env.variance[:-1] * env.dynamics.dt
+    risk = 0.5 * env.risk_aversion * spot_variance * traded * (traded - 2 * centre)
+    # The reward that is learnt from has the optimum of the raw one and a small part of its noise. It is the gain
+    # over Black–Scholes delta hedging on the same path, without ΔW, whose mean is zero. ½ΔW² less that of the delta
+    # hedge is replaced by its expectation, to first order; that is least at the minimum-variance delta. The critics
+    # know the cost of this trade, so it is added back. The delta hedge's cost is that of its *next* trade: its last
+    # one was known before ours, and the net delta would reveal it.
+    reward = scale * (info["hedged_cost"] - (info["cost"] - trade_cost) - risk)
+    dones = torch.zeros_like(reward)
+    dones[-1] = 1.0
+    share_costs = scale * share_costs
+    now = (books[:-1], net_deltas[:-1], share_costs[:-1])
+    later = (books[1:], net_deltas[1:], share_costs[1:])
+    buffer.add(Batch(*(column.flatten(0, 1) for column in (*now, traded, reward, dones, *later))))
 
 
-def sac_loss(agent: Agent, env: HedgingEnv, batch: tuple[Tensor, ...], noise: Tensor, args: Args):
-    """Losses of critics, actor and temperature, summed (they share no gradient), and their parts."""
-    observations, net_deltas, rewards, next_observations, dones = batch
+def sac_loss(agent: Agent, env: HedgingEnv, batch: Batch, noise: Tensor, args: Args):
+    """Losses of critics, actor and temperature, summed (they share no gradient), and what is logged of them."""
 
-    def value(critic, observation: Tensor, action: Tensor, **options) -> Tensor:
+    def value(critics: Networks, book, net_delta, share_cost, action, **options) -> Tensor:
         """min Q(s, a) of the twins: the known cost of the trade, and what the critics say of the book after it."""
-        after, cost = env.after_trade(observation, agent.to_band(action))
-        return critic(agent.normalise(after), **options).amin(0) - args.reward_scale / agent.reward_unit * cost
+        after = env.to_band(net_delta, agent.to_band(action))
+        one, two = critics(agent.with_net_delta(book, after), **options)
+        return torch.minimum(one, two)[:, 0] - share_cost * (after - net_delta).abs()
 
     alpha = agent.log_alpha.exp()
     with torch.no_grad():
-        next_actions, next_logprobs = agent.act(next_observations, noise[0])
-        next_values = value(agent.target_critic, next_observations, next_actions) - alpha * next_logprobs
-        targets = rewards + args.gamma * (1 - dones) * next_values  # expiry is terminal
-    traded = env.with_net_delta(observations, net_deltas)
-    critic_loss = (agent.critic(agent.normalise(traded)) - targets).square().mean(-1).sum()
-    actions, logprobs = agent.act(observations, noise[1])
-    values = value(agent.critic, observations, actions, frozen=True)
+        next_actions, next_logprobs = agent.act(batch.next_books, noise[0])
+        next_state = (batch.next_books, batch.next_net_deltas, batch.next_share_costs)
+        next_values = value(agent.target_critics, *next_state, next_actions) - alpha * next_logprobs
+        targets = batch.rewards + args.gamma * (1 - batch.dones) * next_values  # expiry is terminal
+    one, two = agent.critics(agent.with_net_delta(batch.books, batch.traded))
+    mean_square = nn.functional.mse_loss
+    critic_loss = mean_square(one[:, 0], targets) + mean_square(two[:, 0], targets)
+    actions, logprobs = agent.act(batch.books, noise[1])
+    state = (batch.books, batch.net_deltas, batch.share_costs)
+    values = value(agent.critics, *state, actions, frozen=True)
     actor_loss = (alpha.detach() * logprobs - values).mean()
-    alpha_loss = -(alpha * (logprobs.detach().mean() + args.target_entropy)) if args.autotune else 0.0 * alpha
-    loss = critic_loss + actor_loss + alpha_loss
-    with torch.no_grad():
-        parts = torch.stack((critic_loss, actor_loss, values.mean(), -logprobs.mean(), alpha))
-    return loss, parts
+    entropy = -logprobs.detach().mean()
+    alpha_loss = alpha * (entropy - args.target_entropy) if args.autotune else 0.0 * alpha
+    return critic_loss + actor_loss + alpha_loss, (critic_loss, actor_loss, values, entropy, alpha)
 
 
 LOSS_NAMES = ("losses/critic_loss", "losses/actor_loss", "losses/q_value", "losses/entropy", "losses/alpha")
 
 
+@torch.no_grad()
+def describe(parts: tuple[Tensor, ...]) -> Tensor:
+    """What is logged of a batch's loss, (5,), in the order of `LOSS_NAMES`."""
+    return torch.stack([part.mean() for part in parts])
+
+
 def update(agent: Agent, env, optimizer, buffer: ReplayBuffer, loss_function, args: Args, generator, updates: int):
-    """`updates` gradient updates. Returns the mean of the loss parts (5,) and never waits for the device."""
-    parts = []
-    targets = list(agent.target_critic.parameters())
-    critics = list(agent.critic.parameters())
-    averages = list(agent.average_actor.parameters())
-    actors = list(agent.actor.parameters())
-    for _ in range(updates):
-        noise = torch.randn(2, args.batch_size, agent.num_actions, generator=generator, device=buffer.rewards.device)
-        loss, loss_parts = loss_function(agent, env, buffer.sample(args.batch_size, generator), noise, args)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(targets, critics, args.tau)
-            torch._foreach_lerp_(averages, actors, args.average)
-        parts.append(loss_parts)
-    return torch.stack(parts).mean(0)
+    """`updates` gradient updates. Returns `describe` of the last one (5,) and never waits for the device."""
+    size = args.batch_size
+    for first in range(0, updates, UPDATES_AT_ONCE):
+        number = min(UPDATES_AT_ONCE, updates - first)
+        noise = torch.randn(number, 2, size, agent.num_actions, generator=generator, device=env.device)
+        for batch, own_noise in zip(buffer.sample(number, size, generator), noise, strict=True):
+            loss, parts = loss_function(agent, env, batch, own_noise, args)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                agent.target_critics.vector.lerp_(agent.critics.vector, args.tau)
+                agent.average_actor.vector.lerp_(agent.actor.vector, args.average)
+    return describe(parts)
 
 
 def train(run: Run, model: Dynamics) -> Agent:
@@ -421,11 +439,7 @@ def train(run: Run, model: Dynamics) -> Agent:
     agent = Agent(env, args.hidden_size).to(run.device)
     agent.fit(env.like(1024))
     agent.log_alpha.data.fill_(math.log(args.alpha))
-    # A tensor as learning rate, so that a captured update sees it change
-    optimizer = torch.optim.Adam(
-        [parameter for parameter in agent.parameters() if parameter.requires_grad],
-        lr=torch.tensor(args.learning_rate, device=run.device), fused=True, capturable=run.device.type == "cuda",
-    )  # fmt: skip
+    optimizer = Adam([parameter for parameter in agent.parameters() if parameter.requires_grad], args.learning_rate)
     generator = run.generator(args.seed + EXPLORATION_SEED)  # also samples the buffer
     env.generator.manual_seed(args.seed)
     counts = {"updates": 0}

@@ -51,20 +51,22 @@ def test_replay_buffer_keeps_the_latest_and_samples_only_what_it_has():
 
     def add(first, n):
         x = torch.arange(first, first + n, dtype=torch.float32)
-        buffer.add(x[:, None].expand(n, 3), x, x, x[:, None].expand(n, 3), torch.zeros(n))
+        names = phase2.Batch._fields
+        columns = [x[:, None].expand(n, 3) if "books" in name else x for name in names]
+        buffer.add(phase2.Batch(*((100 * i + column) for i, column in enumerate(columns))))
 
     add(1, 4)
-    observations, net_deltas, rewards, next_observations, _ = buffer.sample(1000, generator)
-    assert set(rewards.tolist()) == {1, 2, 3, 4}
+    (batch,) = buffer.sample(1, 1000, generator)
+    assert set(batch.books[:, 0].tolist()) == {1, 2, 3, 4}
     add(5, 4)
     add(9, 4)
-    observations, net_deltas, rewards, next_observations, _ = buffer.sample(2000, generator)
-    assert set(rewards.tolist()) == set(range(3, 13))
-    for column in (observations[:, 0], net_deltas, next_observations[:, 2]):
-        assert torch.equal(column, rewards)  # rows stay together
-    assert buffer.bytes_needed(10, 3) == sum(
-        x.nelement() * x.element_size() for name, x in buffer.named_buffers() if name not in ("position", "filled")
-    )
+    one, batch = buffer.sample(2, 2000, generator)
+    assert not torch.equal(one.books, batch.books)
+    assert set(batch.books[:, 0].tolist()) == set(range(3, 13))
+    for i, (name, column) in enumerate(zip(batch._fields, batch, strict=True)):
+        assert column.shape == ((2000, 3) if "books" in name else (2000,))
+        assert torch.equal(column.view(2000, -1)[:, -1], 100 * i + batch.books[:, 0])  # rows stay together
+    assert buffer.bytes_needed(10, 3) == buffer.table.nelement() * buffer.table.element_size()
 
 
 def test_memory_of_the_default_flags_is_below_a_gibibyte():
@@ -94,58 +96,94 @@ def test_rewards_in_the_buffer_add_up_to_the_gain_over_black_scholes(model):
         objective += reward - info["income"] - info["wealth_change"]
     opening = env.cost_rate * 100.0 * env.delta[0].abs()  # of the delta hedge, known before the first action
     black_scholes = contest.play(env, lambda observation: torch.zeros(20_000, 2))["objective_centred"]
-    learnt = buffer.rewards.view(30, -1).sum(0) / 2.0 * agent.reward_unit - trade_costs + opening
-    assert buffer.dones.view(30, -1)[-1].all()
-    assert buffer.dones.sum() == 20_000
+    kept = buffer.batch(buffer.table)
+    learnt = kept.rewards.view(30, -1).sum(0) / 2.0 * agent.reward_unit - trade_costs + opening
+    assert kept.dones.view(30, -1)[-1].all()
+    assert kept.dones.sum() == 20_000
     gain = (objective - torch.from_numpy(black_scholes).float()).numpy()
     difference = report.estimate(learnt.numpy() - gain)
     assert abs(difference.mean) < 4 * difference.se + 0.005 * abs(gain.mean())
     assert learnt.std() < 0.9 * gain.std()  # with less noise
 
 
+def test_what_is_kept_of_a_transition():
+    """Books, net deltas and costs are those of the observations, step by step; the next ones are one step later."""
+    args, env, agent = make(num_envs=32, reward_scale=2.0)
+    agent.fit(env)
+    buffer = phase2.ReplayBuffer(32 * 30, env.single_observation_space.shape[0])
+    env.generator.manual_seed(3)
+    phase2.rollout(env, agent, buffer, args, torch.Generator().manual_seed(0), explore=False)
+    kept = buffer.batch(buffer.table.view(30, 32, -1).flatten(0, 1))
+    kept = phase2.Batch(*(column.unflatten(0, (30, 32)) for column in kept))
+    noise = torch.randn(30, 32, 2, generator=torch.Generator().manual_seed(0))
+    env.generator.manual_seed(3)
+    observation, _ = env.reset()
+    for t in range(30):
+        action, _ = agent.act(agent.book(observation), noise[t])
+        action[:8] = torch.erf(noise[t, :8] / 2**0.5)
+        after, cost = env.after_trade(observation, agent.to_band(action))
+        traded = env.book_scale * env.column(after, "net delta")
+        torch.testing.assert_close(kept.books[t], agent.book(observation))
+        torch.testing.assert_close(kept.traded[t], traded, rtol=1e-4, atol=1e-4)
+        moved = (kept.traded[t] - kept.net_deltas[t]).abs()
+        torch.testing.assert_close(kept.share_costs[t] * moved, 2.0 / agent.reward_unit * cost, rtol=1e-3, atol=1e-3)
+        seen = agent.with_net_delta(kept.books[t], kept.traded[t])
+        natural = (after * agent.observation_units - agent.observation_mean) / agent.observation_std
+        torch.testing.assert_close(seen, natural.clamp(-10, 10), rtol=1e-4, atol=1e-4)
+        if t > 0:
+            for now in ("books", "net_deltas", "share_costs"):
+                assert torch.equal(getattr(kept, now)[t], getattr(kept, f"next_{now}")[t - 1])
+        observation, *_ = env.step(agent.to_band(action))
+
+
 def test_loss_is_sac():
     """The summed loss against the textbook's three, written out; and no gradient goes where it must not."""
     args, env, agent = make(num_envs=64)
     agent.fit(env)
-    agent.target_critic.load_state_dict(phase2.Twin(18, args.hidden_size).state_dict())
+    with torch.no_grad():
+        agent.target_critics.vector.add_(0.1 * torch.randn(agent.target_critics.vector.shape))
     agent.log_alpha.data.fill_(-2.0)
     observation, _ = env.reset(seed=0)
-    band = agent.to_band(torch.zeros(64, 2))
-    next_observation, *_ = env.step(band)
-    after, _ = env.after_trade(observation, band)
+    cost = args.reward_scale / agent.reward_unit * env.cost_rate
+    now = (agent.book(observation), env.book_scale * env.column(observation, "net delta"), cost * env.spot[0])
+    traded = env.to_band(now[1], agent.to_band(torch.zeros(64, 2)))
+    observation = env.advance(agent.to_band(torch.zeros(64, 2)))
+    later = (agent.book(observation), env.book_scale * env.column(observation, "net delta"), cost * env.spot[1])
     generator = torch.Generator().manual_seed(0)
     rewards, dones = torch.randn(64, generator=generator), (torch.rand(64, generator=generator) < 0.3).float()
     noise = torch.randn(2, 64, 2, generator=generator)
-    batch = (observation, env.column(after, "net delta"), rewards, next_observation, dones)
+    batch = phase2.Batch(*now, traded, rewards, dones, *later)
     loss, parts = phase2.sac_loss(agent, env, batch, noise, args)
     alpha = np.exp(-2.0)
 
-    def soft_value(critic, observation, noise):
-        action, logprob = agent.act(observation, noise)
-        after, cost = env.after_trade(observation, agent.to_band(action))
-        one, two = critic(agent.normalise(after))
-        return torch.minimum(one, two) - args.reward_scale / agent.reward_unit * cost - alpha * logprob, logprob
+    def soft_value(critics, state, noise):
+        book, net_delta, share_cost = state
+        action, logprob = agent.act(book, noise)
+        after = env.to_band(net_delta, agent.to_band(action))
+        one, two = critics(agent.with_net_delta(book, after))
+        cost = share_cost * (after - net_delta).abs()
+        return torch.minimum(one, two)[:, 0] - cost - alpha * logprob, logprob
 
-    target = rewards + (1 - dones) * soft_value(agent.target_critic, next_observation, noise[0])[0]
-    critic = sum(((q - target.detach()) ** 2).mean() for q in agent.critic(agent.normalise(after)))
-    soft, logprob = soft_value(agent.critic, observation, noise[1])
+    def critic_loss():
+        both = agent.critics(agent.with_net_delta(now[0], traded))
+        return sum(((q[:, 0] - target.detach()) ** 2).mean() for q in both)
+
+    target = rewards + (1 - dones) * soft_value(agent.target_critics, later, noise[0])[0]
+    soft, logprob = soft_value(agent.critics, now, noise[1])
     temperature = -alpha * (logprob.mean() + args.target_entropy)
-    torch.testing.assert_close(loss, critic - soft.mean() + temperature, rtol=1e-4, atol=1e-5)
-    assert parts[0].item() == np.float32(critic.item())
+    torch.testing.assert_close(loss, critic_loss() - soft.mean() + temperature, rtol=1e-4, atol=1e-5)
+    assert parts[0].item() == pytest.approx(critic_loss().item(), rel=1e-5)
     loss.backward()
-    assert all(p.grad is None for p in agent.target_critic.parameters())
-    of_both = [p.grad.clone() for p in agent.critic.parameters()]
-    of_actor, of_alpha = [p.grad.clone() for p in agent.actor.parameters()], agent.log_alpha.grad.clone()
+    assert agent.target_critics.vector.grad is None
+    of_critics, of_actor, of_alpha = (
+        p.grad.clone() for p in (agent.critics.vector, agent.actor.vector, agent.log_alpha)
+    )
     agent.zero_grad()
-    _, logprob = agent.act(observation, noise[1])
-    critic_only = sum(((q - target.detach()) ** 2).mean() for q in agent.critic(agent.normalise(after)))
-    critic_only.backward()
-    for both, alone in zip(of_both, agent.critic.parameters(), strict=True):
-        torch.testing.assert_close(both, alone.grad)
+    critic_loss().backward()
+    torch.testing.assert_close(of_critics, agent.critics.vector.grad)
     agent.zero_grad()
-    (-soft_value(agent.critic, observation, noise[1])[0].mean()).backward()
-    for both, alone in zip(of_actor, agent.actor.parameters(), strict=True):
-        torch.testing.assert_close(both, alone.grad)
+    (-soft_value(agent.critics, now, noise[1])[0].mean()).backward()
+    torch.testing.assert_close(of_actor, agent.actor.vector.grad)
     # d/d(ln α) of −α (E ln π + target): α is a constant in the two other losses
     assert of_alpha.item() == pytest.approx(temperature.item(), rel=1e-4)
 
@@ -153,11 +191,11 @@ def test_loss_is_sac():
 def test_logprob_is_that_of_a_squashed_gaussian():
     _, env, agent = make()
     observation, _ = env.reset(seed=0)
-    agent.actor[-1].weight.data.normal_()
+    agent.actor.layers("actor")[-1][0].normal_()
     agent = agent.double()
-    observation, noise = observation.double(), torch.randn(32, 2, dtype=torch.float64)
-    action, logprob = agent.act(observation, noise)
-    mean, log_std = agent.head(agent.actor, observation)
+    book, noise = agent.book(observation.double()), torch.randn(32, 2, dtype=torch.float64)
+    action, logprob = agent.act(book, noise)
+    mean, log_std = agent.head(agent.actor, book)
     normal = torch.distributions.Normal(mean, log_std.exp())
     squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
     torch.testing.assert_close(logprob, squashed.log_prob(action).sum(-1), rtol=1e-3, atol=1e-3)
@@ -176,9 +214,10 @@ def test_policy_has_the_moving_average_of_the_actors_weights():
         torch.testing.assert_close(now, 0.7 * old + 0.3 * actor)
         assert not torch.equal(old, actor)
     observation, _ = env.reset(seed=0)
-    assert not torch.allclose(agent.policy(observation), agent.to_band(agent.act(observation, torch.zeros(32, 2))[0]))
+    book = agent.book(observation)
+    assert not torch.allclose(agent.policy(observation), agent.to_band(agent.act(book, torch.zeros(32, 2))[0]))
     agent.average_actor.load_state_dict(agent.actor.state_dict())
-    action, _ = agent.act(observation, torch.zeros(32, 2))
+    action, _ = agent.act(book, torch.zeros(32, 2))
     torch.testing.assert_close(agent.policy(observation), agent.to_band(action))
 
 
@@ -186,12 +225,13 @@ def test_policy_has_the_moving_average_of_the_actors_weights():
 def test_some_environments_always_act_at_random(share):
     args, env, agent = make(num_envs=32, random_share=share)
     agent.fit(env)
-    with torch.no_grad():
-        agent.actor[-1].bias.copy_(torch.tensor([0.0, 0.0, -9.0, -9.0]))  # hardly any noise
+    agent.actor.layers("actor")[-1][1].copy_(torch.tensor([0.0, 0.0, -9.0, -9.0]))  # hardly any noise
     buffer = phase2.ReplayBuffer(32 * 30, env.single_observation_space.shape[0])
     phase2.rollout(env, agent, buffer, args, torch.Generator().manual_seed(0), explore=False)
-    after, _ = env.after_trade(buffer.observations, agent.policy(buffer.observations))
-    as_policy = ((buffer.net_deltas - env.column(after, "net delta")).abs() < 0.01).view(30, 32).all(0)
+    kept = buffer.batch(buffer.table)
+    action = torch.tanh(agent.head(agent.actor, kept.books)[0])
+    after = env.to_band(kept.net_deltas, agent.to_band(action))
+    as_policy = ((kept.traded - after).abs() < 0.01 * env.book_scale).view(30, 32).all(0)
     assert as_policy.tolist() == [i >= share * 32 for i in range(32)]
 
 
@@ -226,12 +266,15 @@ def test_policy_means_the_same_under_another_order_flow():
 
 def test_the_band_does_not_depend_on_what_is_held():
     _, env, agent = make()
-    agent.average_actor[-1].weight.data.normal_()
+    agent.average_actor.layers("actor")[-1][0].normal_()
     observation, _ = env.reset(seed=0)
     moved = observation.clone()
     moved[:, env.columns["net delta"]] += 0.3
     assert torch.equal(agent.policy(observation), agent.policy(moved))
-    assert not torch.equal(agent.critic(agent.normalise(observation)), agent.critic(agent.normalise(moved)))
+    seen = [
+        agent.with_net_delta(agent.book(x), env.book_scale * env.column(x, "net delta")) for x in (observation, moved)
+    ]
+    assert not torch.equal(agent.critics(seen[0])[0], agent.critics(seen[1])[0])
 
 
 @pytest.mark.slow
