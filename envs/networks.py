@@ -78,21 +78,23 @@ class Weights(NamedTuple):
 
 
 class _SideBySide(torch.autograd.Function):
-    """x (n, inputs), the vector of all parameters → outputs of each network of `Networks`, (n, its outputs)."""
+    """x (n, inputs), the vector of all parameters → outputs of these networks of `Networks`, (n, its outputs)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, vector: Tensor, networks: "Networks") -> tuple[Tensor, ...]:
-        blocks = [networks.all.compute(rows, networks.layer) for rows in networks.blocks(x)]
+    def forward(ctx, x: Tensor, vector: Tensor, networks: "Networks", which: slice) -> tuple[Tensor, ...]:
+        weights = networks.weights(which)
+        blocks = [weights.compute(rows, networks.layer) for rows in networks.blocks(x)]
         ctx.save_for_backward(x, vector, *(hidden for first, second, _ in blocks for hidden in (first, second)))
         ctx.networks = networks
+        ctx.which = which
         return networks.join([outputs for _, _, outputs in blocks])
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         networks = ctx.networks
-        weights = networks.all
+        weights = networks.weights(ctx.which)
         x, _, *hidden = ctx.saved_tensors
-        of_x, of_vector, _ = ctx.needs_input_grad
+        of_x, of_vector, *_ = ctx.needs_input_grad
         rows = networks.blocks(x)
         outputs = zip(*(networks.blocks(gradient) for gradient in gradients), strict=True)
         x_blocks = []
@@ -114,9 +116,11 @@ class _SideBySide(torch.autograd.Function):
                 ]
                 for of_output, y in zip(output, second.unbind(), strict=True):
                     parts += [of_output.t() @ y, of_output.sum(0)]
-                vector = torch.cat([part.view(-1) for part in parts])
-                total = vector if total is None else total.add_(vector)
-        return torch.cat(x_blocks) if of_x else None, total, None
+                of_block = torch.cat([part.view(-1) for part in parts])
+                total = of_block if total is None else total.add_(of_block)
+        if of_vector and len(weights.a) < len(networks.names):
+            total = networks.spread(total, ctx.which)
+        return torch.cat(x_blocks) if of_x else None, total, None, None
 
 
 class Networks(nn.Module):
@@ -154,8 +158,22 @@ class Networks(nn.Module):
 
     def cut(self) -> list[Tensor]:
         """Views of the parameters: W, a, U, b of all networks, then V and c of each; their gradients go elsewhere."""
-        parts = self.vector.detach().split(self.sizes)
+        return self._cut(self.vector.detach())
+
+    def _cut(self, vector: Tensor) -> list[Tensor]:
+        """Views of a vector of all parameters, see `cut`."""
+        parts = vector.split(self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def spread(self, part: Tensor, which: slice) -> Tensor:
+        """The vector of all parameters, with those of some networks from `part` and 0 elsewhere."""
+        total = part.new_zeros(sum(self.sizes))
+        w, a, u, b, *last = self._cut(total)
+        last = list(zip(last[::2], last[1::2], strict=True))[which]
+        places = [w[which], a[which], u[which], b[which], *(x for pair in last for x in pair)]
+        for place, own in zip(places, part.split([x.numel() for x in places]), strict=True):
+            place.copy_(own.view_as(place))
+        return total
 
     def layers(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Weight (outputs, inputs) and bias (outputs,) of the three layers of a network, as views of the parameters."""
@@ -164,19 +182,16 @@ class Networks(nn.Module):
         v, c = last[2 * i : 2 * i + 2]
         return [(w[i], a[i, 0]), (u[i], b[i, 0]), (v, c[:, 0])]
 
-    @property
-    def all(self) -> Weights:
-        """The weights of all networks."""
-        self._find_weights()
-        return self._all
-
-    def _find_weights(self) -> None:
-        """Cuts the weights out of the parameters again, if these have moved to another device, or in a copy."""
+    def weights(self, which: slice) -> Weights:
+        """The weights of some networks. They are cut out of the parameters again if these have moved to another device,
+        or in a copy."""
         if self.place != self.vector.data_ptr():
-            parts = self.cut()
-            self._all = Weights.of(parts, slice(None))
-            self._each = {name: Weights.of(parts, slice(i, i + 1)) for i, name in enumerate(self.names)}
+            self.cuts = {}
             self.place = self.vector.data_ptr()
+        key = (which.start, which.stop)
+        if key not in self.cuts:
+            self.cuts[key] = Weights.of(self.cut(), which)
+        return self.cuts[key]
 
     @staticmethod
     def blocks(x: Tensor) -> tuple[Tensor, ...]:
@@ -195,14 +210,15 @@ class Networks(nn.Module):
 
         With `frozen` no gradient reaches the parameters, only x.
         """
-        return _SideBySide.apply(x, self.vector.detach() if frozen else self.vector, self)
+        return _SideBySide.apply(x, self.vector.detach() if frozen else self.vector, self, slice(None))
 
     def only(self, name: str, x: Tensor) -> Tensor:
         """x (n, inputs) → outputs of one network, (n, its outputs)."""
+        i = self.names.index(name)
+        which = slice(i, i + 1)
         if torch.is_grad_enabled():
-            return self(x)[self.names.index(name)]
-        self._find_weights()
-        weights = self._each[name]
+            return _SideBySide.apply(x, self.vector, self, which)[0]
+        weights = self.weights(which)
         return self.join([weights.compute(rows, self.layer)[2] for rows in self.blocks(x)])[0]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -250,11 +266,11 @@ class ActorCritic(Networks):
 
     def actor(self, x: Tensor) -> Tensor:
         """x (n, inputs) → means (n, actions)."""
-        return self(x)[0] if torch.is_grad_enabled() else self.only("actor", x)
+        return self.only("actor", x)
 
     def critic(self, x: Tensor) -> Tensor:
         """x (n, inputs) → values (n,)."""
-        return self(x)[1] if torch.is_grad_enabled() else self.only("critic", x)[:, 0]
+        return self.only("critic", x)[:, 0]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:

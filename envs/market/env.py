@@ -188,7 +188,7 @@ class MarketEnv(VectorEnv):
         for over_time, parts in groupby(self.parts.values(), lambda part: part.over_time):
             if over_time:
                 pairs = [(part.values(self), part.width) for part in parts]
-                shape = torch.broadcast_shapes(*(values.shape[:-1] for values, _ in pairs))
+                shape = np.broadcast_shapes(*(values.shape[:-1] for values, _ in pairs))
                 self.blocks.append(torch.cat([values.expand(*shape, width) for values, width in pairs], -1))
             else:
                 self.blocks += parts

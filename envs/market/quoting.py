@@ -19,6 +19,7 @@ price; most takers compare them with it, and informed ones with the fair value.
 from collections.abc import Callable, Sequence
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import gymnasium as gym
 import numpy as np
@@ -233,7 +234,6 @@ class QuotingEnv(MarketEnv):
         self._set_spaces(batch(self.maker_observation_space, num_makers), batch(self.maker_action_space, num_makers))
         kinds = len(self.takers)
         self._below = self.taker_shares.new_empty(self.max_takers, kinds, num_makers, 2, self.num_options, num_envs)
-        self.markets = 0  # how many it has had
         self._close_episode()
 
     def _check_settings(self) -> None:
@@ -460,7 +460,7 @@ class QuotingEnv(MarketEnv):
             setattr(self, name, table.movedim(-1, 1))
         self._join_parts()
         self._set_times()
-        self.markets += 1
+        self.known = WeakKeyDictionary()  # what makers have computed of this market, see `envs.market.rivals`
 
     def _set_times(self) -> None:
         """Sets `at`, the market at each time."""

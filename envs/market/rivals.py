@@ -55,31 +55,28 @@ class _InMarket:
     def __init__(self, maker: Maker, market: QuotingEnv, rows: slice):
         self.maker = maker
         self.market = market
-        self.rows = rows
-        self.known = 0  # number of the market that the terms are of
-        self.terms: dict[int, list[Tensor]] = {}  # of a step
+        self.rows = range(*rows.indices(market.num_envs))
 
     def __call__(self, observation: Tensor) -> Tensor:
         market = self.market
-        if self.known != market.markets:
-            self.terms = {}
-            self.known = market.markets
-        if market.t not in self.terms:
-            self._compute(market.t, len(observation))
-        return self.maker.respond(self.terms[market.t], observation)
+        of_maker = market.known.setdefault(self.maker, {})
+        which = (self.rows, len(observation), market.t)
+        if which not in of_maker:
+            of_maker.update(self._compute(market.t, len(observation)))
+        return self.maker.respond(of_maker[which], observation)
 
-    def _compute(self, t: int, makers: int) -> None:
-        """The terms of some steps from t on, for so many makers, the same number in each row."""
+    def _compute(self, first: int, makers: int) -> dict:
+        """The terms of some steps from the first on, for so many makers, the same number in each row."""
         market = self.market
-        rows = len(range(*self.rows.indices(market.num_envs)))
-        last = min(t + max(1, ROWS_AT_ONCE // rows), market.num_steps)
-        seen = market.public_observations(t, last).unflatten(0, (last - t, market.num_envs))[:, self.rows]
-        terms = self.maker.terms(self.maker.env.decode(seen.flatten(0, 1)))
-        terms = [term.unflatten(0, (last - t, rows)) for term in terms]
-        if makers > rows:
-            terms = [term.repeat_interleave(makers // rows, 1) for term in terms]
-        steps = zip(*(term.unbind() for term in terms), strict=True) if terms else [()] * (last - t)
-        self.terms = dict(zip(range(t, last), steps, strict=True))
+        rows = self.rows
+        last = min(first + max(1, ROWS_AT_ONCE // len(rows)), market.num_steps)
+        seen = market.public_observations(first, last).unflatten(0, (last - first, market.num_envs))
+        seen = seen[:, rows.start : rows.stop].flatten(0, 1)
+        terms = [x.unflatten(0, (last - first, len(rows))) for x in self.maker.terms(self.maker.env.decode(seen))]
+        if makers > len(rows):
+            terms = [term.repeat_interleave(makers // len(rows), 1) for term in terms]
+        steps = zip(*(term.unbind() for term in terms), strict=True) if terms else [()] * (last - first)
+        return {(rows, makers, t): step for t, step in zip(range(first, last), steps, strict=True)}
 
 
 class AgainstRivals(VectorEnv):

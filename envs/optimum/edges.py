@@ -23,6 +23,8 @@ GRID_POINTS = 16  # of the search between the optima of either kind
 NEWTON_STEPS = 6
 LEAST_DERIVATIVE = 0.1  # in these steps; at a maximum of one kind of takers it is at least 1
 ROOT_POINTS = 257  # of the search for symmetric equilibria
+TABLE_LIMIT, TABLE_STEP = 32.0, 0.125  # of `BestEdges`
+TABLE_NEWTON_STEPS = 2
 REGRET_TOLERANCE = 1e-7  # relative regret up to which a common edge counts as an equilibrium
 
 
@@ -75,12 +77,40 @@ def best_edge(
         maxima merge or earn the same: there it may be off, but still earns the most up to about 1e-6 of it.
     """
     gap, share, cost = (_as_tensor(value, rivals) for value in (gap, informed_share, marginal_cost))
-    even = _even_edges(rivals, k, reference_edge, gap)
-    *even, share, base = torch.broadcast_tensors(*even, share, gap + cost)
-    even = k * (torch.stack(even) - base)
-    alone = 1.0 + lambert_w(even - 1.0)  # where u(1 − P) = 1, for either kind
-    low, high = alone.amin(0), alone.amax(0)
-    return base + _search(_Takers(even, share), low, high - low) / k
+    even, base = _even_margins(rivals, k, reference_edge, gap, gap + cost)
+    return base + _best_margin(even, share.expand_as(base)) / k
+
+
+class BestEdges:
+    """`best_edge` for one share of informed takers, several times as fast, for makers who answer in every step.
+
+    The margin u = k(d − g − c) depends on two numbers alone, see `_even_margins`. Newton's method starts from the
+    nearest node of a table of it. So it is right to about 1e-6, except where two maxima earn nearly the same.
+
+    Args:
+        informed_share: s, in [0, 1].
+    """
+
+    def __init__(self, informed_share: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.share = informed_share
+        self.nodes = round(2 * TABLE_LIMIT / TABLE_STEP) + 1
+        even = TABLE_STEP * torch.arange(self.nodes, device=device, dtype=dtype) - TABLE_LIMIT
+        even = torch.stack(torch.meshgrid(even, even, indexing="ij"))
+        self.margins = _best_margin(even, even.new_full((), informed_share).expand_as(even[0])).flatten()
+
+    def __call__(
+        self, rivals: Tensor, k: float, reference_edge: float, gap: Tensor, marginal_cost: Tensor | float = 0.0
+    ) -> Tensor:
+        """As `best_edge`; margins at which half of the takers pick the maker are cut at ±`TABLE_LIMIT`."""
+        even, base = _even_margins(rivals, k, reference_edge, gap, gap + marginal_cost)
+        even = even.clamp_(-TABLE_LIMIT, TABLE_LIMIT)
+        uninformed, informed = torch.round((even + TABLE_LIMIT) / TABLE_STEP).long()
+        u = self.margins[uninformed * self.nodes + informed]
+        takers = _Takers(even, base.new_full((), self.share).expand_as(base))
+        for _ in range(TABLE_NEWTON_STEPS):
+            value, derivative = takers.slope(u[None])
+            u = u - (value / derivative.clamp_(min=LEAST_DERIVATIVE))[0].clamp_(-TABLE_STEP, TABLE_STEP)
+        return base + u / k
 
 
 class Equilibrium(NamedTuple):
@@ -180,6 +210,20 @@ class EdgeTable:
         weight = position - index
         index = index.long()
         return torch.lerp(edges[index], edges[index + 1], weight)
+
+
+def _even_margins(rivals: Tensor, k: float, reference_edge: float, gap: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """k(a − base) (2, …), a the edges at which half of the uninformed and half of the informed takers pick the maker,
+    and `base` (…), both broadcast."""
+    *even, base = torch.broadcast_tensors(*_even_edges(rivals, k, reference_edge, gap), base)
+    return k * (torch.stack(even) - base), base
+
+
+def _best_margin(even: Tensor, share: Tensor) -> Tensor:
+    """Margin u (…) of most profit, from `_even_margins` (2, …) and the share of the informed (…)."""
+    alone = 1.0 + lambert_w(even - 1.0)  # where u(1 − P) = 1, for either kind
+    low, high = alone.amin(0), alone.amax(0)
+    return _search(_Takers(even, share), low, high - low)
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:

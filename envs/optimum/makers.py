@@ -8,6 +8,7 @@ programming of Baldacci, Bergault & Guéant (2021). They know the fair values, a
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -15,7 +16,7 @@ from envs.market.moves import StepMoves, variance_transition
 from envs.market.quoting import QuotingState
 from envs.market.rivals import AgainstRivals, Maker
 from envs.optimum import vega
-from envs.optimum.edges import best_edge, choice_probability
+from envs.optimum.edges import BestEdges, best_edge, choice_probability
 from envs.optimum.multi_asset import prices_of_risk, quadratic_value
 
 Tensor = torch.Tensor
@@ -23,6 +24,9 @@ COSTS = (-12.0, 12.0, 97)  # grid of marginal costs, vol points: first, last, nu
 HORIZON_VEGA = 40  # the dynamic programming's books reach to this many options of average vega
 VEGAS, VOLATILITIES = 241, 33  # nodes of its grid
 SUBSTEPS = 4  # of a step, so that about one fill is expected in each
+
+
+best_edges = cache(BestEdges)  # makers of one market share the table
 
 
 class BestResponse(Maker):
@@ -49,6 +53,7 @@ class BestResponse(Maker):
         self.spread = spread
         self.share = share
         self.band = band
+        self.best_edges = best_edges(self.env.informed_share, self.env.device, self.env.dtype)
 
     def public_terms(self, state: QuotingState) -> tuple[Tensor, ...]:
         """What the marginal costs need of the public state, tensors (n, …)."""
@@ -67,10 +72,9 @@ class BestResponse(Maker):
         market = self.env
         vegas, gap, exposure, *public = terms
         rivals = observation[:, market.columns["rival edges"]].unflatten(-1, (-1, 2, market.num_options))
-        edges = best_edge(
+        edges = self.best_edges(
             rivals.movedim(1, -1), market.choice_sensitivity, market.reference_edge,
-            gap=torch.stack((gap, -gap), -2), informed_share=market.informed_share,
-            marginal_cost=self.costs(public, vegas, observation),
+            gap=torch.stack((gap, -gap), -2), marginal_cost=self.costs(public, vegas, observation),
         )  # fmt: skip
         ask, bid = edges.unbind(-2)
         half_spread = self.spread * (0.5 * (ask + bid)).clamp(min=0)

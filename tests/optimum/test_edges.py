@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from envs.optimum.edges import EdgeTable, best_edge, choice_probability, monopoly_edges, nash_edges
+from envs.optimum.edges import BestEdges, EdgeTable, best_edge, choice_probability, monopoly_edges, nash_edges
 from envs.optimum.quotes import best_response, monopoly_edge, nash_edge
 
 F64 = torch.float64
@@ -67,6 +67,21 @@ def test_best_edge_earns_most(num_rivals):
     in_floats = best_edge(rivals.float(), K, REFERENCE_EDGE, gap.float(), share.float(), cost.float()).double()
     assert (in_floats - ours).abs().quantile(0.99) < 1e-5
     assert (profit_by_hand(in_floats, rivals, gap, share, cost) >= most * (1.0 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("num_rivals", [0, 1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_a_table_of_best_edges(num_rivals, share):
+    rivals, gap, _, cost = random_market(num_rivals)
+    exact = best_edge(rivals, K, REFERENCE_EDGE, gap, share, cost)
+    for dtype, most in ((F64, 2e-5), (torch.float32, 5e-5)):
+        fast = BestEdges(share, dtype=dtype)(
+            rivals.to(dtype), K, REFERENCE_EDGE, gap.to(dtype), cost.to(dtype)
+        ).double()
+        assert (fast - exact).abs().quantile(0.99) < most
+        earned = [profit_by_hand(edge, rivals, gap, share, cost) for edge in (fast, exact)]
+        assert (earned[0] >= earned[1] * (1.0 - 2e-3)).all()
+        assert (earned[0] >= earned[1] * (1.0 - 1e-6)).double().mean() > 0.99
 
 
 def test_best_edge_between_two_maxima():
