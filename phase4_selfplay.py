@@ -46,7 +46,7 @@ Tensor = torch.Tensor
 PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 HIDDEN = 64  # width of the hidden layers
-IMITATION = 1500  # updates that imitate the classical maker before training
+IMITATION = 1200  # updates that imitate the classical maker before training
 RIVAL_SCALES = (2.0, 3.0)  # of the middles and of the widths of rivals' quotes in observations, see `Agent.seen`
 CLASSICS_AT_FIRST = 0.4  # of their rows that classical makers have when the run starts; at its end they have all
 MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
@@ -251,14 +251,14 @@ class Agent(nn.Module):
 
     def imitate(self, market: QuotingEnv, observed: Tensor, acted: Tensor, generator: torch.Generator) -> None:
         """Regresses the policy on another maker's actions: least squares, quotes weighted by their option's vega."""
-        optimizer = Adam(self.network.parameters(), 3e-3)
+        optimizer = Adam(self.network.parameters(), 0.01)
         vegas = market.vegas_at(market.decode(observed))
         weight = torch.cat((vegas, vegas), 1) / vegas.mean()  # of asks and bids
         quotes = weight.shape[1]
         normalised = self.normalise(observed)
         for i in range(IMITATION):
-            optimizer.param_groups[0]["lr"].fill_(3e-3 * (1 - i / IMITATION))
-            rows = torch.randint(len(observed), (4096,), generator=generator, device=observed.device)
+            optimizer.param_groups[0]["lr"].fill_(0.01 * (1 - i / IMITATION))
+            rows = torch.randint(len(observed), (512,), generator=generator, device=observed.device)
             wanted = acted[rows]
             missed = self.to_quote(observed[rows], self.network.actor(normalised[rows])) - wanted.clamp(-MOST, MOST)
             loss = (missed[:, :quotes].square() * weight[rows]).mean() + 3.0 * missed[:, quotes:].square().mean()
