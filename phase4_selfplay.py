@@ -366,8 +366,6 @@ class Opponents(nn.Module):
         self.register_buffer("place", place.repeat_interleave(self.seats)[:, None], persistent=False)
         self.register_buffer("classics", torch.ones(1), persistent=False)  # share of their rows that they have now
         playing = [(in_market(classic, market, own), own) for classic, own in zip(classics, rows, strict=True)]
-        playing.append((self.past.policy, slice(self.first, self.end)))
-        playing.append((self.newest.policy, slice(self.end, market.num_envs)))
         self.playing = [(policy, own) for policy, own in playing if own.start < own.stop]
         self.guests = len(guests)
         self.stored = 0  # snapshots in the pool
@@ -429,12 +427,19 @@ class Opponents(nn.Module):
     def policy(self, observation: Tensor) -> Tensor:
         """Observation (rows · seats, size) → environment action, without exploration."""
         seats = self.seats
-        played = torch.cat([play(observation[own.start * seats : own.stop * seats]) for play, own in self.playing])
+        classics = [play(observation[own.start * seats : own.stop * seats]) for play, own in self.playing]
         if self.args.opponent == "baseline":
-            return played
-        first = self.first * seats
-        past = self.past if self.args.opponent == "pool" else self.newest
-        played[:first] = torch.where(self.place < self.classics, played[:first], past.policy(observation[:first]))
+            return torch.cat(classics)
+        past = slice(self.first * seats, self.end * seats)
+        if self.args.opponent == "pool":
+            played = self.past.policy(observation)
+        else:
+            played = self.newest.policy(observation)
+            if past.start < past.stop:
+                played[past] = self.past.policy(observation[past])
+        if classics:
+            now = self.place < self.classics
+            played[: past.start] = torch.where(now, torch.cat(classics), played[: past.start])
         return played
 
     def score(self, lead: Tensor) -> None:
