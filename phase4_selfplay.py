@@ -47,7 +47,7 @@ PHASE = "phase4"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 2048  # played side by side for validation
 HIDDEN = 64  # width of the hidden layers
 IMITATION = 1200  # updates that imitate the classical maker before training
-RIVAL_SCALES = (2.0, 3.0)  # of the middles and of the widths of rivals' quotes in observations, see `Agent.seen`
+RIVAL_SCALES = (0.7, 2.0)  # of the middles and of the widths of rivals' quotes in observations, see `Agent.seen`
 CLASSICS_AT_FIRST = 0.4  # of their rows that classical makers have when the run starts; at its end they have all
 MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
@@ -113,7 +113,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """environment steps of the whole run, over all environments"""
     num_envs: int = 64
     """environments side by side; more of them are faster, but make fewer updates of as many steps"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """learning rate of Adam"""
     anneal_share: float = 0.5
     """share of the run, its last, in which the learning rate falls linearly to zero"""

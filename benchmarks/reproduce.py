@@ -140,6 +140,7 @@ EXPERIMENTS = (
     Experiment("speed2", THROUGHPUT, "--phases phase2 --num-envs 64 1024 --peers --iterations 10", 3),
     Experiment("speed3", THROUGHPUT, "--phases phase3 --num-envs 64 1024 --peers --iterations 10", 3),
     Experiment("speed4", THROUGHPUT, "--phases phase4 --num-envs 64 1024 --iterations 20", 2),
+    Experiment("kernels", "benchmarks/kernels.py", "", 1),
 )
 NAMED = {experiment.name: experiment for experiment in EXPERIMENTS}
 
@@ -662,7 +663,7 @@ TABLES = (
     Table("phase4-starts", DOC4, ("phase4-starts",), pasted("phase4-starts"), {"selfplay_starts": "phase4_edges"}),
     Table("phase4-wide", DOC4, ("phase4-wide",), by_seed(("phase4-wide", SELFPLAY_WIDE))),
     Table("phase4-surface", DOC4, ("phase4-surface",), by_seed(("phase4-surface", SELFPLAY))),
-    *(Table(name, SPEED, (name,), pasted(name)) for name in ("speed1", "speed2", "speed3", "speed4")),
+    *(Table(name, SPEED, (name,), pasted(name)) for name in ("speed1", "speed2", "speed3", "speed4", "kernels")),
     Table("answer", "README.md", ("phase3",), answer, plain=True),
     Table("results", "README.md", (), summary, plain=True),
 )
