@@ -136,10 +136,12 @@ EXPERIMENTS = (
     Experiment("phase4-alone", STARTS, '--neutral --seeds {seed} --flags="--gamma 1 --classical-share 0"', 5),
     Experiment("phase4-starts", STARTS, "--seeds {seeds}", 15),
     Experiment("phase4-surface", PHASE4, f"--num-envs 64 {SURFACE}", 15),
-    Experiment("speed1", THROUGHPUT, "--phases phase1 --num-envs 64 1024 16384 --peers --iterations 20", 3),
-    Experiment("speed2", THROUGHPUT, "--phases phase2 --num-envs 64 1024 --peers --iterations 10", 3),
-    Experiment("speed3", THROUGHPUT, "--phases phase3 --num-envs 64 1024 --peers --iterations 10", 3),
-    Experiment("speed4", THROUGHPUT, "--phases phase4 --num-envs 64 1024 --iterations 20", 2),
+    Experiment("speed1", THROUGHPUT, "--phases phase1 --num-envs 64 1024 --peers --iterations 40", 3),
+    Experiment("speed1-wide", THROUGHPUT, "--phases phase1 --num-envs 16384 --peers --iterations 4", 4),
+    Experiment("speed2", THROUGHPUT, "--phases phase2 --num-envs 64 1024 --peers --iterations 10", 5),
+    Experiment("speed3", THROUGHPUT, "--phases phase3 --num-envs 64 1024 --peers --iterations 10", 7),
+    Experiment("speed4", THROUGHPUT, "--phases phase4 --num-envs 64 --iterations 10", 3),
+    Experiment("speed-market", THROUGHPUT, "--phases market --num-envs 64 1000 10000", 3),
     Experiment("kernels", "benchmarks/kernels.py", "", 1),
 )
 NAMED = {experiment.name: experiment for experiment in EXPERIMENTS}
@@ -663,7 +665,8 @@ TABLES = (
     Table("phase4-starts", DOC4, ("phase4-starts",), pasted("phase4-starts"), {"selfplay_starts": "phase4_edges"}),
     Table("phase4-wide", DOC4, ("phase4-wide",), by_seed(("phase4-wide", SELFPLAY_WIDE))),
     Table("phase4-surface", DOC4, ("phase4-surface",), by_seed(("phase4-surface", SELFPLAY))),
-    *(Table(name, SPEED, (name,), pasted(name)) for name in ("speed1", "speed2", "speed3", "speed4", "kernels")),
+    *(Table(name, SPEED, (name,), pasted(name)) for name in
+      ("speed1", "speed1-wide", "speed2", "speed3", "speed4", "speed-market", "kernels")),
     Table("answer", "README.md", ("phase3",), answer, plain=True),
     Table("results", "README.md", (), summary, plain=True),
 )

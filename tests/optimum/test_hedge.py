@@ -19,10 +19,10 @@ def one_call(num_envs, model=None, **settings):
 # reference.md: dynamics, cost_rate, risk_aversion → Black–Scholes delta, exact optimum (its s.e. 0.001–0.003)
 TABLE = [
     ("gbm", 1e-3, 1.0, -0.367, -0.322),
-    ("gbm", 1e-3, 0.1, -0.283, -0.171),
-    ("gbm", 5e-3, 1.0, -1.463, -1.005),
+    pytest.param("gbm", 1e-3, 0.1, -0.283, -0.171, marks=pytest.mark.slow),
+    pytest.param("gbm", 5e-3, 1.0, -1.463, -1.005, marks=pytest.mark.slow),
     ("garch", 1e-3, 1.0, -0.450, -0.301),
-    ("garch", 5e-4, 0.5, -0.153, -0.079),
+    pytest.param("garch", 5e-4, 0.5, -0.153, -0.079, marks=pytest.mark.slow),
 ]
 
 

@@ -40,6 +40,7 @@ def test_ranks_hold_the_same_parameters_and_simulate_their_own_markets(tmp_path)
         assert rows[-1]["global_step"] == 2 * own_steps * saved["iteration"]  # of all ranks together, written by one
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_with_a_message_and_a_checkpoint(tmp_path):
     result = torchrun(tmp_path, str(ROOT / "tests" / "phases" / "ranks.py"), "die")
     assert result.returncode != 0

@@ -276,6 +276,7 @@ def test_rollout_is_what_it_says(task):
     torch.testing.assert_close(alone.log_spots[-1][0], game.log_spots[-1][-1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_benchmark_and_takes_another_smile(main):
     folder = main(task="exotic")
     again = main("--evaluate", folder)

@@ -25,6 +25,7 @@ def make(num_envs=32, **changes):
     return args, env, agent
 
 
+@pytest.mark.slow
 def test_one_strike_has_an_exact_optimum(script, tmp_path):
     flags = PHASE.flags(num_strikes=1, expiries=6, num_steps=6, mean_order_size=1, arrival_rate=0.25)
     result = script(PHASE.script, *flags)

@@ -84,9 +84,10 @@ class Resumed(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(
-    scope="module", params=["phase0", "phase1", "phase2", pytest.param("phase3", marks=pytest.mark.slow), "phase4"]
-)
+SLOWLY_RESUMED = [pytest.param(name, marks=pytest.mark.slow) for name in ("phase1", "phase2", "phase3")]
+
+
+@pytest.fixture(scope="module", params=["phase0", *SLOWLY_RESUMED, "phase4"])
 def resumed(request, tmp_path_factory) -> Resumed:
     return whole_and_resumed(PHASES[request.param], tmp_path_factory.mktemp(request.param))
 
@@ -230,7 +231,7 @@ def test_evaluate_on_the_real_sp500(main, quick, tmp_path, phase):
     assert ("optimum of the fitted model" in content["rows"]) == (phase.name == "phase1")
 
 
-@phases("0 1", slow="2 3 4")
+@phases("1", slow="0 2 3 4")
 def test_track_offline(main, quick, tmp_path, phase, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -279,7 +280,7 @@ def test_help_reads_like_documentation(phase, capsys):
         assert words in " ".join(text.split())
 
 
-@phases("1", slow="2 3 4")
+@phases("", slow="1 2 3 4")
 def test_compile_gives_the_same_results(tmp_path, phase):
     few = {"utd": 0.005} if phase.name == "phase2" else {"num_minibatches": 2}
     args = phase.args(iterations=5, num_evaluations=1, save_model=False, **few)
