@@ -36,7 +36,7 @@ class Args:
     """Counts the operators of one iteration of every phase."""
 
     num_envs: int = 64
-    """environments of phases 1 to 4; the operators are as many with more of them, but of more steps"""
+    """environments; more of them need no more operators, but for phase 2, which then makes more updates"""
 
     def check(self) -> None:
         """Raises UsageError for the first argument that cannot work."""

@@ -156,19 +156,15 @@ class Networks(nn.Module):
                 nn.init.uniform_(weight, -bound, bound)
                 nn.init.uniform_(bias, -bound, bound)
 
-    def cut(self) -> list[Tensor]:
-        """Views of the parameters: W, a, U, b of all networks, then V and c of each; their gradients go elsewhere."""
-        return self._cut(self.vector.detach())
-
-    def _cut(self, vector: Tensor) -> list[Tensor]:
-        """Views of a vector of all parameters, see `cut`."""
+    def cut(self, vector: Tensor) -> list[Tensor]:
+        """Views of a vector of all parameters: W, a, U, b of all networks, then V and c of each."""
         parts = vector.split(self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def spread(self, part: Tensor, which: slice) -> Tensor:
         """The vector of all parameters, with those of some networks from `part` and 0 elsewhere."""
         total = part.new_zeros(sum(self.sizes))
-        w, a, u, b, *last = self._cut(total)
+        w, a, u, b, *last = self.cut(total)
         last = list(zip(last[::2], last[1::2], strict=True))[which]
         places = [w[which], a[which], u[which], b[which], *(x for pair in last for x in pair)]
         for place, own in zip(places, part.split([x.numel() for x in places]), strict=True):
@@ -178,7 +174,7 @@ class Networks(nn.Module):
     def layers(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Weight (outputs, inputs) and bias (outputs,) of the three layers of a network, as views of the parameters."""
         i = self.names.index(name)
-        w, a, u, b, *last = self.cut()
+        w, a, u, b, *last = self.cut(self.vector.detach())
         v, c = last[2 * i : 2 * i + 2]
         return [(w[i], a[i, 0]), (u[i], b[i, 0]), (v, c[:, 0])]
 
@@ -190,7 +186,7 @@ class Networks(nn.Module):
             self.place = self.vector.data_ptr()
         key = (which.start, which.stop)
         if key not in self.cuts:
-            self.cuts[key] = Weights.of(self.cut(), which)
+            self.cuts[key] = Weights.of(self.cut(self.vector.detach()), which)
         return self.cuts[key]
 
     @staticmethod

@@ -111,8 +111,7 @@ class MarketEnv(VectorEnv):
         """The state before the first reset: a step is an error, and the generator has a random seed."""
         self.generator = torch.Generator(self.device)
         self.generator.seed()
-        self.ahead = []  # (state of the generator after it, paths) of the episodes drawn ahead, for so many rows:
-        self.ahead_for = 0
+        self.ahead = []  # (state of the generator after it, paths) of the episodes drawn ahead
         self.t = self.num_steps
 
     def like(self, num_envs: int) -> Self:
@@ -139,7 +138,8 @@ class MarketEnv(VectorEnv):
         episodes = ROWS_AHEAD // rows
         if episodes < 2 or self.device.type != "cpu" or self.dynamics.follows_row_numbers:
             return tuple(column[:n] for column in paths(draw_noise(rows, normals, self.generator, self.dtype)))
-        if not (self.ahead and self.ahead_for == n and torch.equal(self.generator.get_state(), self.state)):
+        fits = self.ahead and len(self.ahead[0][1][0]) == rows
+        if not (fits and torch.equal(self.generator.get_state(), self.state)):
             noise = []
             states = []
             for _ in range(episodes):
@@ -147,7 +147,6 @@ class MarketEnv(VectorEnv):
                 states.append(self.generator.get_state())
             columns = (column.split(rows) for column in paths(torch.cat(noise)))
             self.ahead = list(zip(states, zip(*columns, strict=True), strict=True))
-            self.ahead_for = n
         self.state, columns = self.ahead.pop(0)
         self.generator.set_state(self.state)
         return tuple(column[:n] for column in columns)
