@@ -87,14 +87,16 @@ def learning_curve(
     gains = np.array([row[metric] for row in curve])
     lines = dict(zip(levels, cycle(("--", "-.", ":", "-")), strict=False))
     axes.plot(steps, gains, color=AGENT, marker=".", label="agent (mean action)")
-    for label, (level, colour) in levels.items():
-        axes.axhline(level, color=colour, linestyle=lines[label], label=f"{label} ({level:+.4f})")
-    # Early values of the agent can be far below all others
+    # The axis leaves out what would flatten the curve: early values of the agent far below all others, or contestants
+    # far below all of the agent's
     known = [level for level, _ in levels.values()]
-    low = min(known)
+    low = max(min(known), min(*gains, known[-1]))
     high = max(*known, gains[-1])
     margin = 0.35 * max(high - low, 1e-6)
     axes.set_ylim(low - margin, high + margin)
+    for label, (level, colour) in levels.items():
+        below = ", below" if level < low - margin else ""
+        axes.axhline(level, color=colour, linestyle=lines[label], label=f"{label} ({level:+.4f}{below})")
     axes.set(xlabel="environment steps (millions)", ylabel=f"objective above {next(iter(levels))} (currency)")
     legend(axes, "lower right", 0.9)
     if exact:
