@@ -43,6 +43,7 @@ from envs.benchmark.makers import (
     VEGA_DP,
 )
 from envs.benchmark.makers import AVELLANEDA_STOIKOV as AS
+from envs.benchmark.training_seeds import over_seeds, probability_of_improvement
 from envs.run.args import check_range, parse_args
 from envs.run.errors import DivergenceError, UsageError, check
 from envs.run.files import replacing, write_json
@@ -91,7 +92,7 @@ NEUTRAL = "--risk-aversion 0 --cost-rate 0"
 SURFACE = "--moneyness -1 -0.5 0 0.5 1 --expiries 60 90 120 180"
 IN_MARLVOL = "--dynamics marlvol --marlvol-checkpoint {phase0:first}"
 EXPERIMENTS = (
-    Experiment("phase0", PHASE0, "", 5),
+    Experiment("phase0", PHASE0, "", 5, 10),
     Experiment("phase0-memoryless", PHASE0, "--task exotic --state non-path-dependent --no-antithetic", 3),
     Experiment("phase0-bermudan", PHASE0, "--task exotic --beside {phase0-memoryless}", 3),
     Experiment("phase0-ablation", "benchmarks/marlvol_ablation.py", "--seconds 30 --seeds {seeds}", 15),
@@ -104,13 +105,13 @@ EXPERIMENTS = (
     Experiment("phase0-in-2", PHASE2, IN_MARLVOL, 4, 1),
     Experiment("phase0-in-3", PHASE3, f"{IN_MARLVOL} --num-steps 50", 4, 1),
     Experiment("phase0-in-4", PHASE4, f"{IN_MARLVOL} --num-steps 50 --no-exploitability", 4, 1),
-    Experiment("phase1-gbm", PHASE1, "", 2),
+    Experiment("phase1-gbm", PHASE1, "", 2, 10),
     Experiment("phase1-garch", PHASE1, "--dynamics garch", 2),
     Experiment("phase1-heston", PHASE1, "--dynamics heston", 2, 1),
     Experiment("phase1-merton", PHASE1, "--dynamics merton", 2, 1),
     Experiment("phase1-until-2010", PHASE1, "--dynamics garch --history-end 2010-12-31", 2),
     Experiment("phase1-historical", PHASE1, "--evaluate {phase1-until-2010} --dynamics historical", 0.5),
-    Experiment("phase2", PHASE2, "", 2.5),
+    Experiment("phase2", PHASE2, "", 2.5, 10),
     Experiment("phase2-one-strike", PHASE2,
                "--num-strikes 1 --expiries 30 --arrival-rate 0.25 --mean-order-size 1", 2.5),
     Experiment("phase2-heston", PHASE2, "--dynamics heston", 2.5, 1),
@@ -556,6 +557,44 @@ def by_contestant(name: str) -> Write:
     return write
 
 
+def over_all_seeds(name: str) -> Write:
+    """Two tables of an experiment over all its seeds: what it gains, and by how much each criterion is met.
+
+    Intervals are bootstrapped over the seeds, see `envs.benchmark.training_seeds`.
+    """
+
+    def interval(values: Sequence[float], spec: str) -> list[str]:
+        found = over_seeds(values)
+        return [f"{Interval(found.mean, found.low, found.high):{spec}}", spread(values, spec)]
+
+    def margin(values: np.ndarray) -> list[str]:
+        deviations = f"{values.mean() / values.std(ddof=1):.1f}" if values.std() > 0 else "all alike"
+        return [f"{values.mean():+.3g}", f"{values.min():+.3g}", deviations]
+
+    def write(runs: Runs, old: str) -> str:
+        seeds = runs(name)
+        if len(seeds) < 3:
+            raise Missing
+        gains = []
+        for other in seeds[0]["advantages"]:
+            values = np.array([run["advantages"][other].mean for run in seeds])
+            ahead = f"{100 * probability_of_improvement(values):.0f} %"
+            gains.append([f"over {other}", *interval(values, "+.3f"), ahead])
+        for share in seeds[0]["shares"]:
+            gains.append([share, *interval([run["shares"][share].mean for run in seeds], ".1%"), ""])
+        met = []
+        for criteria in zip(*(run["criteria"] for run in seeds), strict=True):
+            values = [criterion["margin"] for criterion in criteria]
+            cells = ["", "", ""] if None in values else margin(np.array(values))
+            met.append([criteria[0]["name"], f"{sum(c['passed'] for c in criteria)} of {len(seeds)}", *cells])
+        return "\n\n".join([
+            markdown([f"{len(seeds)} seeds", "interquartile mean [95 %]", "least to most", "seeds ahead"], gains),
+            markdown(["criterion", "met by", "margin, mean", "least", "mean, in standard deviations"], met),
+        ])  # fmt: skip
+
+    return write
+
+
 def pasted(name: str) -> Write:
     """The table that a script of benchmarks/ has written itself, the one .md file in its folder."""
 
@@ -615,6 +654,7 @@ DOC1 = "docs/phase1.md"
 DOC2 = "docs/phase2.md"
 DOC3 = "docs/phase3.md"
 DOC4 = "docs/phase4.md"
+EVIDENCE = "docs/evidence.md"
 SPEED = "docs/speed.md"
 TABLES = (
     Table("phase0-smile", DOC0, ("phase0",), by_seed(("phase0", SMILE)), {"smiles": "phase0_smiles"}),
@@ -667,6 +707,8 @@ TABLES = (
     Table("phase4-surface", DOC4, ("phase4-surface",), by_seed(("phase4-surface", SELFPLAY))),
     *(Table(name, SPEED, (name,), pasted(name)) for name in
       ("speed1", "speed1-wide", "speed2", "speed3", "speed4", "speed-market", "kernels")),
+    *(Table(f"seeds-{name}", EVIDENCE, (name,), over_all_seeds(name)) for name in
+      ("phase0", "phase1-gbm", "phase2", "phase3", "phase4")),
     Table("answer", "README.md", ("phase3",), answer, plain=True),
     Table("results", "README.md", (), summary, plain=True),
 )

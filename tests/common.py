@@ -238,3 +238,11 @@ def phases(default: str, slow: str = ""):
     names = [f"phase{number}" for number in default.split()]
     more = [pytest.param(f"phase{number}", marks=pytest.mark.slow) for number in slow.split()]
     return pytest.mark.parametrize("phase", [*names, *more], indirect=True)
+
+
+def check_margins(result) -> None:
+    """A criterion's margin, where it has one, says the same as its verdict."""
+    measured = [criterion for criterion in result.criteria if criterion.margin is not None]
+    assert measured
+    for criterion in measured:
+        assert criterion.passed == (criterion.margin > 0 or (criterion.margin == 0 and "beats" not in criterion.name))

@@ -252,9 +252,9 @@ def judge_smile(title: str, settings: dict, played: Mapping[str, Calibration]) -
     ours = rows["agent"]
     result.require_advantage(CONSTANT)
     bar = SMILE["RMSE"]
-    result.require(f"RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
+    result.require_at_most(f"RMSE at most {bar}", ours["rmse"], bar, f"{ours['rmse']:.4f} vol points")
     bar = SMILE["largest error"]
-    result.require(f"no error above {bar}", ours["worst"] <= bar, f"{ours['worst']:.3f} vol points")
+    result.require_at_most(f"no error above {bar}", ours["worst"], bar, f"{ours['worst']:.3f} vol points")
     _require_paths(result)
     return result
 
@@ -364,10 +364,10 @@ def judge_exotic(
     _require_price(result, game, mine, other, objective, target_price)
     bar = EXOTIC["vanilla RMSE"]
     ours = rows["agent"]
-    result.require(f"vanilla RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
+    result.require_at_most(f"vanilla RMSE at most {bar}", ours["rmse"], bar, f"{ours['rmse']:.4f} vol points")
     if is_bermudan(game):
         above = ours["price"] - ours["floor"]
-        result.require("not below the dearest European", above >= 0, f"{above:+.3f} bp")
+        result.require_at_least("not below the dearest European", above, 0, f"{above:+.3f} bp")
     _require_paths(result)
     return result
 
@@ -385,11 +385,11 @@ def _require_price(
     if game.is_local:
         bar = EXOTIC["local, off local volatility's price"]
         off = abs(mine.price - other.price) / unit
-        result.require(f"price is local volatility's, within {bar} vol points", off <= bar, f"{off:.3f}")
+        result.require_at_most(f"price is local volatility's, within {bar} vol points", off, bar, f"{off:.3f}")
     elif objective == "target":
         bar = EXOTIC["off the target"]
         off = (mine.price - target_price) / unit
-        result.require(f"price within {bar} vol points of the target", abs(off) <= bar, f"{off:+.4f}")
+        result.require_at_most(f"price within {bar} vol points of the target", abs(off), bar, f"{off:+.4f}")
         if "upper" in result.rows["agent"]:
             result.remarks.append(
                 f"its upper bound is {(mine.upper - target_price) / unit:+.4f} vol points off the target"
@@ -428,7 +428,7 @@ def _require_way(
     result.shares["way to the bound of all models"] = share
     bar = EXOTIC["way to the bound"]
     if game.state_kind == "path-dependent" and objective == "min":
-        result.require(f"{100 * bar:g} % of the way to the bound", least >= bar, f"at least {100 * least:.1f} %")
+        result.require_at_least(f"{100 * bar:g} % of the way to the bound", least, bar, f"at least {100 * least:.1f} %")
 
 
 # STOCHASTIC LOCAL VOLATILITY
@@ -477,9 +477,9 @@ def judge_slv(
     result.require_advantage(DUPIRE)
     bar = SLV["largest forward-start error"]
     worst = ours["forward_worst"]
-    result.require(f"no forward-start error above {bar}", worst <= bar, f"{worst:.3f} vol points")
+    result.require_at_most(f"no forward-start error above {bar}", worst, bar, f"{worst:.3f} vol points")
     bar = SLV["vanilla RMSE"]
-    result.require(f"vanilla RMSE at most {bar}", ours["rmse"] <= bar, f"{ours['rmse']:.4f} vol points")
+    result.require_at_most(f"vanilla RMSE at most {bar}", ours["rmse"], bar, f"{ours['rmse']:.4f} vol points")
     _require_paths(result)
     return result
 

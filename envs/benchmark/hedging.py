@@ -128,7 +128,8 @@ def judge_hedging(settings: dict, contest: Contest, bars: dict[str, float]) -> B
         for name in (contest.best, BLACK_SCHOLES):
             difference = result.advantages[name].mean
             limit = bars["standard errors"] * result.rows["agent"]["objective_se"]
-            result.require(f"agrees with {name}", abs(difference) <= limit, f"{difference:+.5f}, within ±{limit:.5f}")
+            detail = f"{difference:+.5f}, within ±{limit:.5f}"
+            result.require_at_most(f"agrees with {name}", abs(difference), limit, detail)
     else:
         for name in (BLACK_SCHOLES, *contest.parameters):
             result.require_advantage(name)
@@ -136,6 +137,6 @@ def judge_hedging(settings: dict, contest: Contest, bars: dict[str, float]) -> B
         share = gap_closed(*(played[name]["objective"] for name in ("agent", BLACK_SCHOLES, contest.best)))
         result.shares[f"gap from {BLACK_SCHOLES} to {contest.best} closed"] = share
         bar = bars["gap closed"]
-        result.require(f"closes {100 * bar:g} % of the gap", share.mean >= bar, f"{100 * share.mean:.2f} %")
+        result.require_at_least(f"closes {100 * bar:g} % of the gap", share.mean, bar, f"{100 * share.mean:.2f} %")
     require_episodes(result)
     return result

@@ -155,7 +155,8 @@ def require_smile(result: Benchmark, env: AgainstRivals, policy: Policy, bar: fl
     share = middle / fair  # of the way from the reference price to the fair value
     within = bool(((share >= 0) & (share <= 1)).all())
     detail = f"correlation {correlation:.3f}, {share.min():.2f} to {share.max():.2f} of the way to the fair values"
-    result.require(f"quotes follow the smile (correlation {bar:g}, between)", correlation >= bar and within, detail)
+    name = f"quotes follow the smile (correlation {bar:g}, between)"
+    result.require(name, correlation >= bar and within, detail, min(correlation - bar, share.min(), 1.0 - share.max()))
 
 
 def compare_makers(settings: dict, contest: Contest, bars: dict) -> tuple[Benchmark, dict[str, Estimate]]:
@@ -177,13 +178,13 @@ def compare_makers(settings: dict, contest: Contest, bars: dict) -> tuple[Benchm
 def require_gain(result: Benchmark, gains: dict[str, Estimate], label: str, bar: float) -> None:
     """Adds the criterion that the agent is above the named baseline by the share `bar` of it."""
     gain = gains[label].mean if label in gains else float("nan")
-    result.require(f"{label} {100 * bar:g} % above {AVELLANEDA_STOIKOV}", gain >= bar, f"{100 * gain:+.1f} %")
+    result.require_at_least(f"{label} {100 * bar:g} % above {AVELLANEDA_STOIKOV}", gain, bar, f"{100 * gain:+.1f} %")
 
 
 def require_margin(result: Benchmark, name: str, bar: float) -> None:
     """Adds the criterion that the agent's objective is above a contestant's by `bar`, currency."""
     advantage = result.advantages[name]
-    result.require(f"{bar:g} above {name}", advantage.mean >= bar, str(advantage))
+    result.require_at_least(f"{bar:g} above {name}", advantage.mean, bar, str(advantage))
 
 
 def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Benchmark:
@@ -200,13 +201,12 @@ def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Ben
         env.reset(seed=BENCHMARK_SEED)
         error = edge_error(env, contest.policies["agent"])
         bar = bars["edge off the best response"]
-        result.require(
-            f"edge within {100 * bar:g} % of the best response", error <= bar, f"{100 * error:.2f} % off on average"
-        )
+        detail = f"{100 * error:.2f} % off on average"
+        result.require_at_most(f"edge within {100 * bar:g} % of the best response", error, bar, detail)
         bar = bars["objective below it"] * result.rows[contest.best]["objective"]
         difference = result.advantages[contest.best]
         name = f"objective within {100 * bars['objective below it']:g} % of {contest.best}"
-        result.require(name, difference.mean >= -bar, str(difference))
+        result.require_at_least(name, difference.mean, -bar, str(difference))
     else:
         for name in contest.parameters:
             if name in contest.played:
@@ -217,7 +217,7 @@ def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Ben
         require_margin(result, contest.best, bars["above the strongest classic"])
         own = result.rows["agent"]["pnl_sd"]
         other = result.rows[contest.best]["pnl_sd"]
-        result.require(f"P&L sd no higher than of {contest.best}", own <= other, f"{own:.3f}, {other:.3f}")
+        result.require_at_most(f"P&L sd no higher than of {contest.best}", own, other, f"{own:.3f}, {other:.3f}")
     require_episodes(result)
     return result
 

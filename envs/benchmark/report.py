@@ -132,11 +132,15 @@ def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 @dataclass
 class Criterion:
-    """One condition of the verdict, and the figure that decided it."""
+    """One condition of the verdict, and the figure that decided it.
+
+    `margin` is how far that lies beyond its bar, in its own unit, below zero where it misses it; None: it is no number.
+    """
 
     name: str
     passed: bool
     detail: str
+    margin: float | None = None
 
 
 class Table(NamedTuple):
@@ -201,14 +205,22 @@ class Benchmark:
         """Puts `reason` in the place of the verdict."""
         self.withdrawn = reason
 
-    def require(self, name: str, passed: bool, detail: str) -> None:
+    def require(self, name: str, passed: bool, detail: str, margin: float | None = None) -> None:
         """Adds a criterion."""
-        self.criteria.append(Criterion(name, bool(passed), detail))
+        self.criteria.append(Criterion(name, bool(passed), detail, None if margin is None else float(margin)))
+
+    def require_at_least(self, name: str, value: float, bar: float, detail: str) -> None:
+        """Adds the criterion that `value` is not below `bar`."""
+        self.require(name, value >= bar, detail, value - bar)
+
+    def require_at_most(self, name: str, value: float, bar: float, detail: str) -> None:
+        """Adds the criterion that `value` is not above `bar`."""
+        self.require(name, value <= bar, detail, bar - value)
 
     def require_advantage(self, contestant: str) -> None:
         """Adds the criterion that the agent beats `contestant`: lower 95 % bound of the paired difference > 0."""
         advantage = self.advantages[contestant]
-        self.require(f"beats {contestant}", advantage.low > 0, f"{advantage}, lower bound > 0")
+        self.require(f"beats {contestant}", advantage.low > 0, f"{advantage}, lower bound > 0", advantage.low)
 
     def contestants(self) -> Table:
         """The contestants, a row each, as text."""

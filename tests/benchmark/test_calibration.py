@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from common import check_margins
 
 from envs.benchmark import calibration
 from envs.calibration.exotic import Dependence
@@ -59,6 +60,7 @@ def test_judged_slv():
         starts = {"agent": errors(forward, 3, 7), calibration.DUPIRE: errors(0.4, 3, 7)}
         moves = {name: VolatilityDynamics(1.2, -0.6) for name in fits}
         result = calibration.judge_slv("slv", {"paths": 2**20}, game, fits, starts, moves)
+        check_margins(result)
         return result, [criterion.passed for criterion in result.criteria]
 
     result, passed = judged(0.09, 0.11)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from common import MODELS, SP500_GARCH
+from common import MODELS, SP500_GARCH, check_margins
 
 from envs import HedgingEnv
 from envs.baselines import hedgers
@@ -29,6 +29,7 @@ def benchmark(agent, model=None, episodes=512, bars=HEDGE_OPTION, **settings):
 
 
 def failed(result) -> set[str]:
+    check_margins(result)
     return {criterion.name for criterion in result.criteria if not criterion.passed} - {"has 8,192 episodes or more"}
 
 

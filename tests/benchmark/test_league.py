@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from common import quoted
+from common import check_margins, quoted
 from scipy.stats import norm
 
 from envs import AgainstRivals, QuotingEnv
@@ -183,6 +183,7 @@ def judged(agent, market, **changes):
 
 
 def failed(result) -> set[str]:
+    check_margins(result)
     return {criterion.name for criterion in result.criteria if not criterion.passed} - {"has 8,192 episodes or more"}
 
 
@@ -273,6 +274,7 @@ def test_progress_is_required(objectives, ahead):
     (criterion,) = result.criteria
     assert criterion.name == "no snapshot is ahead, whoever the rivals are"
     assert criterion.passed == (ahead == 0)
+    check_margins(result)
     assert criterion.detail.startswith(f"{ahead} of 6 margins below 0 (Holm's test, 5 %); the least ")
     assert ", step 0 against " in criterion.detail
     (table,) = result.tables.values()

@@ -32,7 +32,9 @@ def benchmark(seed: int) -> dict:
         "rows": {"agent": {"objective": 1.0}},
         "advantages": {name: estimate(0.1 * seed) for name in (*CLASSICS, "optimum of the fitted model")},
         "shares": {"gap from Black–Scholes delta to exact optimum closed": estimate(0.98 + 0.001 * seed)},
-        "criteria": [{"name": "beats all", "passed": True, "detail": "+0.1, lower bound > 0"}],
+        "criteria": [
+            {"name": "beats all", "passed": seed > 1, "detail": "+0.1, lower bound > 0", "margin": seed - 1.5}
+        ],
     }
 
 
@@ -116,6 +118,18 @@ def test_the_readme_gets_ranges_over_the_seeds_and_keeps_rows_without_runs(proje
     assert "| [4](docs/phase4.md) | another | |" in text
     assert "the old row" not in text
     assert TABLE.format("answer", "old") in text
+
+
+def test_over_all_seeds_there_are_gains_and_margins_with_their_spread(project):
+    assert reproduce.main(["seeds-phase1-gbm", "--seeds", "1", "2", "3", "4"])
+    text = text_of("docs/evidence.md")
+    assert "| over Whalley–Wilmott, tuned | +0.250 [+0.100, +0.400] | +0.100 to +0.400 | 100 % |" in text
+    assert "| gap from Black–Scholes delta to exact optimum closed | 98.2 % [98.1, 98.4] | 98.1 to 98.4 |  |" in text
+    assert "| beats all | 3 of 4 | +1 | -0.5 | 0.8 |" in text
+    assert TABLE.format("seeds-phase3", "old") in text
+    before = text_of("docs/evidence.md")
+    assert not reproduce.main(["seeds-phase1-gbm", "--seeds", "1", "2"])
+    assert text_of("docs/evidence.md") == before
 
 
 def test_the_readme_needs_three_seeds(project):
@@ -374,6 +388,8 @@ def test_every_table_stands_in_its_document(table):
         assert f"    {reproduce.command(reproduce.NAMED[name], (1, 2, 3))}\n" in block
     if any(reproduce.NAMED[name].is_benchmark for name in table.experiments) or table.name == "answer":
         return  # written by the script itself, or prose
+    if table.phase == "evidence":
+        return  # its rows are the contestants and criteria of the runs
     if table.name == "phase3-levels":
         assert first_cells(block)[2:] == list(reproduce.LEVELS.values())
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import CPU, IMITATION, PHASES, TUNE, invented
+from common import CPU, IMITATION, PHASES, TUNE, check_margins, invented
 
 import phase3_spread_vs_bs as phase3
 from envs import AgainstRivals
@@ -293,7 +293,9 @@ def test_verdict_on_risk_and_on_edges():
     parameters = {makers.BELIEVER_BAND: (1.2, 0.8, 0.15), makers.RIVAL: (0.25, 0.8, 1.0)}
     policies = {makers.AVELLANEDA_STOIKOV: env.rivals[0], makers.BELIEVER_BAND: classic}
     contest = contest_of(makers.Makers(env, policies, parameters, "made up"), rash, 512)
-    failed = [c.name for c in quoting.judge_quoting({}, contest, True).criteria if not c.passed]
+    result = quoting.judge_quoting({}, contest, True)
+    check_margins(result)
+    failed = [c.name for c in result.criteria if not c.passed]
     assert f"P&L sd no higher than of {contest.best}" in failed
 
     model = dynamics.GBM(0.2, 1 / 504)
@@ -304,7 +306,9 @@ def test_verdict_on_risk_and_on_edges():
     best = BestResponse(env)
     for multiple, passes in ((1.0, True), (1.05, False), (0.95, False)):
         contest = contest_of(classics, lambda o, x=multiple: x * best(o), 512)
-        criteria = {c.name: c.passed for c in quoting.judge_quoting({}, contest, False).criteria}
+        result = quoting.judge_quoting({}, contest, False)
+        check_margins(result)
+        criteria = {c.name: c.passed for c in result.criteria}
         assert criteria["edge within 3 % of the best response"] == passes
 
 
