@@ -124,6 +124,8 @@ class QuotingArgs(HestonArgs):
     """k of the takers' logit choice, per vol point: the larger, the more the best price takes all"""
     informed_share: float = 0.2
     """share of the takers who compare quotes with the fair value; the others compare them with Black–Scholes"""
+    toxic_share: float = 0.0
+    """share of the takers who know the variance of the next step, too, and what options will be worth at it"""
     cost_rate: float = 5e-4
     """proportional cost of hedging per unit of currency traded (5e-4 = 5 bp)"""
     risk_aversion: float = 1.0
@@ -133,8 +135,11 @@ class QuotingArgs(HestonArgs):
 
     def market(self) -> dict[str, float]:
         """The settings of `QuotingEnv` by name, but for the options."""
-        names = ("num_makers", "num_steps", "arrival_rate", "flow_sd", "choice_sensitivity", "informed_share")
-        return {name: getattr(self, name) for name in (*names, "cost_rate", "risk_aversion", "privileged")}
+        names = (
+            "num_makers", "num_steps", "arrival_rate", "flow_sd", "choice_sensitivity", "informed_share", "toxic_share",
+            "cost_rate", "risk_aversion", "privileged",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     @property
     def expiry_steps(self) -> tuple[int, ...]:
@@ -168,6 +173,9 @@ class QuotingArgs(HestonArgs):
         check_range(self, 0, 10, "flow_sd")
         check_range(self, 0, 1e6, "choice_sensitivity", open_low=True)
         check_range(self, 0, 1, "informed_share")
+        most = 1.0 - self.informed_share
+        allowed = f"at least 0, at most {short(most)}, what --informed-share leaves"
+        check(0 <= self.toxic_share <= most + 1e-6, f"--toxic-share is {self.toxic_share} ({allowed})")
         for flag, values in (("--moneyness", self.moneyness), ("--expiries", self.expiry_steps)):
             increasing = len(values) > 0 and all(a < b for a, b in pairwise(values))
             check(increasing, f"{flag} is {' '.join(short(x) for x in values) or 'empty'} (one or more, increasing)")

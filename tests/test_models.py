@@ -126,7 +126,8 @@ def test_an_evaluation_may_name_any_market():
     ("flag", "value"),
     [("mean_reversion", 0.0), ("vol_of_vol", 4.0), ("correlation", -1.5), ("num_makers", 1), ("arrival_rate", 0.0),
      ("flow_sd", -1.0), ("choice_sensitivity", 0.0), ("cost_rate", 0.6), ("risk_aversion", float("inf")),
-     ("informed_share", 1.5), ("informed_share", -0.1), ("informed_share", float("nan"))],
+     ("informed_share", 1.5), ("informed_share", -0.1), ("informed_share", float("nan")),
+     ("toxic_share", 0.9), ("toxic_share", -0.1), ("toxic_share", float("nan"))],
 )  # fmt: skip
 def test_flags_of_a_market_of_makers_that_cannot_work(flag, value):
     QuoterArgs().check()

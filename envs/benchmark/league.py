@@ -363,7 +363,7 @@ def judge_selfplay(
     must gain next to nothing, and the makers must not collude (bars SELFPLAY_NEUTRAL).
     """
     market = contest.env.env
-    neutral = market.risk_aversion == market.cost_rate == 0
+    neutral = market.is_neutral
     bars = SELFPLAY_NEUTRAL if neutral else SELFPLAY
     found = {name: float(getattr(compete, name).mean()) for name in ("edges", "nash", "monopoly")}
     if neutral:

@@ -179,6 +179,8 @@ def describe(market: QuotingEnv) -> str:
     """The market that parameters are tuned for, in words that are the same on every machine."""
     beside = ("num_envs", "dynamics", "privileged", "device", "dtype")
     settings = {name: value for name, value in market.settings.items() if name not in beside}
+    if market.toxic_share == 0:
+        del settings["toxic_share"]
     model = ", ".join(f"{name} {value:.4g}" for name, value in market.dynamics.parameters().items())
     parts = [] if type(market) is QuotingEnv else [type(market).__name__]  # a market of one's own is tuned for anew
     parts.append(f"{type(market.dynamics).__name__} ({model})")

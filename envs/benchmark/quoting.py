@@ -93,7 +93,7 @@ def quoting_contest(
     """
     market = classics.env.env
     policies = {"agent": agent, **classics.policies}
-    exact = market.risk_aversion == market.cost_rate == 0
+    exact = market.is_neutral
     if exact:
         policies[BEST_RESPONSE] = BestResponse(classics.env)
     settings = {f"{name}: parameters": list(values) for name, values in classics.parameters.items()}

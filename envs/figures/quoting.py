@@ -363,16 +363,20 @@ def rival_sweep(path: Path, sweep: Mapping, title: str) -> None:
     style.save(figure, path)
 
 
-def informed_sweep(path: Path, sweep: Mapping[float, Mapping[str, Mapping[str, float]]], title: str) -> None:
-    """Objective and mean P&L of every contestant against the share of informed takers.
+def taker_sweep(path: Path, sweep: Mapping[float, Mapping[str, Mapping[str, float]]], title: str, takers: str) -> None:
+    """Objective, mean P&L and half-spread of every contestant against the share of the takers who know something.
 
     Args:
-        sweep: informed share → contestant → "objective" and "pnl", currency. Contestants whose names begin with "agent"
-            are drawn as agents.
+        sweep: share → contestant → "objective" and "pnl", currency, and "half_spread", vol points. Contestants whose
+            names begin with "agent" are drawn as agents.
+        takers: "informed" or "toxic".
     """
-    figure, axes = style.rows_of_panels([["objective", "pnl"]], (15, 5.4))
+    figure, axes = style.rows_of_panels([["objective", "pnl", "half_spread"]], (20, 5.4))
     shares = sorted(sweep, key=float)
-    labels = {"objective": "objective: P&L less the penalty for risk", "pnl": "mean P&L"}
+    labels = {
+        "objective": "objective: P&L less the penalty for risk", "pnl": "mean P&L", "half_spread": "mean half-spread"
+    }  # fmt: skip
+    known = {"informed": "the fair value", "toxic": "the next step's variance"}[takers]
     for measure, label in labels.items():
         axis = axes[measure]
         rows = {
@@ -380,14 +384,17 @@ def informed_sweep(path: Path, sweep: Mapping[float, Mapping[str, Mapping[str, f
             for share in shares
         }
         _sweep_lines(axis, rows)
+        axis.set_xticks(list(rows), [f"{share:g}" for share in rows])
+        axis.set(title=label, xlabel=f"share of takers who know {known}", ylabel="currency per episode")
+        if measure == "half_spread":
+            axis.set_ylabel("vol points")
+            continue
         axis.axhline(0.0, color="black", linewidth=1.6, label="zero: what a maker earns that does not quote")
         low, high = axis.get_ylim()
         axis.axhspan(min(low, 0.0), 0.0, color="black", alpha=0.05, linewidth=0, zorder=0)
         axis.set_ylim(min(low, 0.0), max(high, 0.0))
-        axis.set_xticks(list(rows), [f"{share:g}" for share in rows])
-        axis.set(title=label, xlabel="share of takers who know the fair value", ylabel="currency per episode")
-    style.legend_beside(figure, axis)
-    figure.suptitle(f"{title}: who still earns as takers learn what options are worth?")
+    style.legend_beside(figure, axes["pnl"])
+    figure.suptitle(f"{title}: who still earns as takers learn {known}?")
     style.save(figure, path)
 
 

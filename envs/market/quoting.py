@@ -75,7 +75,7 @@ class Market(NamedTuple):
     residual_sd: Tensor  # (n,)
     utility: Tensor | None  # (kinds, 1, 2, num_options, n) of a quote at the reference price, by kind of takers
     marks: Tensor | None  # (max_takers, 1, 1, 2, num_options, n)
-    before: Tensor | None  # (2, num_options, n) how many marks come before those of the last kind
+    before: Tensor | None  # (2, num_options, n) how many marks come before those of each kind, summed over the kinds
 
 
 class Trades(NamedTuple):
@@ -138,6 +138,8 @@ class QuotingEnv(MarketEnv):
         choice_sensitivity: k, per vol point. The larger, the more takers go to the best price.
         reference_edge: d_ref, vol points: at this edge a taker is as likely to pick a single maker as to walk away.
         informed_share: share of the takers that compare quotes with the fair value.
+        toxic_share: share of the takers that know the variance of the next step, and compare quotes with what options
+            will be worth at it if the spot stays. Both shares together are 1 at most.
         fair_marks: False: options are worth their reference price, also to informed takers.
         spot: initial spot, currency.
         cost_rate: proportional cost of hedging per unit of currency traded.
@@ -157,7 +159,8 @@ class QuotingEnv(MarketEnv):
     options), `sold` and `bought` (options), `fills` (both), `trades` (of all makers together) and `noise`. The noise is
     a part of the reward whose conditional mean is zero whatever the maker does: what income is above its expectation;
     ΔW, a martingale difference as options are worth their fair values; and what ½ΔW² is above its expectation, to first
-    order in spot and variance. The reward without it has the same optimum and far less variance.
+    order in spot and variance. (Both are of the book before the step's fills, if some takers know the next move.) The
+    reward without it has the same optimum and far less variance.
 
     `step` is two things, for those who play whole episodes: `advance` does only what the next action needs, and at the
     end `settle` says what all steps earned.
@@ -183,6 +186,7 @@ class QuotingEnv(MarketEnv):
         choice_sensitivity: float = 2.0,
         reference_edge: float = 1.0,
         informed_share: float = 0.2,
+        toxic_share: float = 0.0,
         fair_marks: bool = True,
         spot: float = 100.0,
         cost_rate: float = 5e-4,
@@ -210,6 +214,7 @@ class QuotingEnv(MarketEnv):
         self.choice_sensitivity = float(choice_sensitivity)
         self.reference_edge = float(reference_edge)
         self.informed_share = float(informed_share)
+        self.toxic_share = float(toxic_share)
         self.fair_marks = fair_marks
         self.cost_rate = float(cost_rate)
         self.risk_aversion = float(risk_aversion)
@@ -219,9 +224,10 @@ class QuotingEnv(MarketEnv):
         # More takers than this on one option and side in a step would come once in a million, in the busiest flow
         busiest = arrival_rate * (1.0 + (MAX_FLOW if flow_sd > 0 else 0.0))
         self.max_takers = max(1, int(poisson.isf(1e-6, busiest)))
-        # The kinds of takers, the informed first, and their shares of the marks, (kinds, 1, …)
-        self.takers = {"informed": self.informed_share, "others": 1.0 - self.informed_share}
-        self.takers = {kind: share for kind, share in self.takers.items() if share > 0}
+        # The kinds of takers, who know most first, and their shares of the marks, (kinds, 1, …)
+        others = max(0.0, 1.0 - self.toxic_share - self.informed_share)
+        self.takers = {"toxic": self.toxic_share, "informed": self.informed_share, "others": others}
+        self.takers = {kind: share for kind, share in self.takers.items() if share > 1e-6}
         shares = torch.tensor(list(self.takers.values()), device=self.device, dtype=dtype).view(-1, 1, 1, 1, 1)
         self.taker_shares = shares
         self.first_marks = shares.cumsum(0) - shares
@@ -250,8 +256,9 @@ class QuotingEnv(MarketEnv):
                 raise ValueError(f"{name} is {settings[name]} (0 or more)")
         if not abs(settings["reference_edge"]) < float("inf"):
             raise ValueError(f"reference_edge is {settings['reference_edge']} (a finite number)")
-        if not 0 <= settings["informed_share"] <= 1:
-            raise ValueError(f"informed_share is {settings['informed_share']} (at least 0, at most 1)")
+        for name, most in (("informed_share", 1.0), ("toxic_share", 1.0 - settings["informed_share"])):
+            if not 0 <= settings[name] <= most + 1e-6:
+                raise ValueError(f"{name} is {settings[name]} (at least 0, at most {most:g})")
         options = settings["options"]
         if not options or any(b[:2] <= a[:2] for a, b in pairwise((expiry, strike) for strike, expiry, _ in options)):
             raise ValueError("options are none or not in the order of their expiry and strike")
@@ -283,6 +290,12 @@ class QuotingEnv(MarketEnv):
         if self.fair_marks and not self.smile.is_fair:
             table = known_premium_table(self.dynamics.pricing_model, min(expiries) - self.num_steps, max(expiries))
             self.premiums = table.to(**tensor)
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether nothing is risked, hedging is free and nobody knows more than the fair value: then the best response
+        to given quotes is known exactly."""
+        return self.risk_aversion == self.cost_rate == self.toxic_share == 0
 
     def of_middle(self, values: Tensor) -> Tensor:
         """Values (…, 1 or num_options) of the options → (…) of the middle option."""
@@ -452,7 +465,7 @@ class QuotingEnv(MarketEnv):
         self.variance = variance.T.clamp(min=MIN_VARIANCE).contiguous()
         self.intensity = intensity.transpose(0, 1)
         self.marks = marks.transpose(0, 1)
-        self.before = (self.marks < self.first_marks[-1].squeeze()).sum(-1, dtype=self.dtype)
+        self.before = sum((self.marks < first).sum(-1, dtype=self.dtype) for first in self.first_marks.flatten())
         self._value_options()
         self._set_moments()
         for name in TABLES:
@@ -470,10 +483,12 @@ class QuotingEnv(MarketEnv):
         of_book = torch.stack((self.vega, self.delta), 1).transpose(-1, -2)[:, :, None].contiguous()
         gap = self.gap[:-1].movedim(1, -1)
         noticed = {"informed": gap, "others": torch.zeros_like(gap)}  # what takers take off an edge
+        if "toxic" in self.takers:
+            noticed["toxic"] = gap + self._foreseen().movedim(1, -1)
         noticed = torch.stack([noticed[kind] for kind in self.takers], 1)[:, :, None]
         utility = self.choice_sensitivity * (noticed + self.reference_edge)
         marks = self.marks.movedim(1, -1).movedim(3, 1)
-        before = self.before.movedim(1, -1)  # how many marks come before those of the last kind
+        before = self.before.movedim(1, -1)
         tables = (seen, of_book, self.residual_sd, utility, marks[:, :, None, None], before)
         self.at = [Market(*now) for now in zip_longest(*tables)]
 
@@ -499,6 +514,19 @@ class QuotingEnv(MarketEnv):
         log_spot = black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.initial_spot))
         self.scaled_log_spot = log_spot / (self.volatility * middle_time.clamp(min=0.5 * self.dynamics.dt).sqrt())
         self.log_volatility = torch.log(self.volatility / REFERENCE_VOLATILITY)
+
+    def _foreseen(self) -> Tensor:
+        """What the takers who know the next step's variance add to the gap, (num_steps, n, 2, num_options), vol points:
+        how much more options are worth at it, if the spot stays."""
+        now = (self.times[:-1, None], self.spot[:-1] / self.initial_spot)
+        values = []
+        for variance in (self.variance[:-1], self.variance[1:]):
+            volatility = self.reference_volatility(*now, variance)
+            arguments = (self.spot[:-1, ..., None], self.strike, self.time_to_expiry[:-1, None], volatility)
+            reference = black_scholes.greeks(*arguments, self.is_call).price
+            values.append(reference + self.premium_at(*now, variance)[..., 0])
+        more = (values[1] - values[0]) / self.vega[:-1].clamp(min=MIN_VEGA)
+        return torch.stack((more, -more), -2)
 
     def _set_moments(self) -> None:
         """Moments of each step's spot and variance, for the vega risk and for `_penalty_surprise`."""
@@ -661,7 +689,7 @@ class QuotingEnv(MarketEnv):
         return torch.stack((action["ask"], action["bid"]), -2)
 
     def choice_probabilities(self, edges: Tensor) -> Tensor:
-        """P(a taker of each kind picks each maker) in this step; the rest walk away. The informed come first.
+        """P(a taker of each kind picks each maker) in this step; the rest walk away. Who knows most comes first.
 
         Args:
             edges: (num_makers, 2, num_options, n), vol points.
@@ -775,6 +803,10 @@ class QuotingEnv(MarketEnv):
         half_spread = edges.mean((2, 3))
         sold, bought = fills.sum(3).unbind(2)
         of_maker = sold + bought
+        # The book whose moves are luck. Takers who know the next move choose what comes into it in this step
+        book = (position, holding)
+        if self.toxic_share > 0:
+            book = (position - (fills[:, :, BID] - fills[:, :, ASK]), holding - traded)
         earned = edges.mul_(self._table("vega", now)[:, :, None]).sub_(self._table("premium", now))  # by each fill
         income = fills.mul_(earned).sum((2, 3))
         expected_income = (picked.mul_(earned).sum(3) * self._table("intensity", now)).sum(2)
@@ -786,7 +818,8 @@ class QuotingEnv(MarketEnv):
         if now.stop == self.num_steps:  # the shares are sold
             turnover[-1] += holding[-1].abs()
             cost[-1] += self.cost_rate * holding[-1].abs() * self.spot[-1]
-        noise = income - expected_income + wealth_change - self._penalty_surprise(now, position, holding, move)
+        luck = (book[0] * mark_move).sum(2) + book[1] * move - self._penalty_surprise(now, *book, move)
+        noise = income - expected_income + luck
         option_delta = position * self._table("delta", now)
         info = {
             "wealth_change": wealth_change,

@@ -217,9 +217,12 @@ def test_one_half_spread_and_skew_for_all_options_is_a_special_case(name, num_ma
         torch.testing.assert_close(now, torch.tensor(before, dtype=F64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("informed_share", [0.0, 0.3, 1.0])
-def test_every_taker_trades_with_one_maker_or_walks_away(informed_share):
-    env = make(256, options=quoted(16, 24, dt=1 / 504), num_makers=3, informed_share=informed_share)
+@pytest.mark.parametrize(
+    ("toxic_share", "informed_share"), [(0.0, 0.0), (0.0, 0.3), (0.0, 1.0), (0.5, 0.25), (1.0, 0.0)]
+)
+def test_every_taker_trades_with_one_maker_or_walks_away(toxic_share, informed_share):
+    shares = {"toxic_share": toxic_share, "informed_share": informed_share}
+    env = make(256, options=quoted(16, 24, dt=1 / 504), num_makers=3, **shares)
     env.reset(seed=0)
     generator = torch.Generator().manual_seed(1)
     net = torch.zeros(256, env.num_options)
@@ -230,7 +233,7 @@ def test_every_taker_trades_with_one_maker_or_walks_away(informed_share):
         assert (fills >= 0).all()
         assert (fills == fills.round()).all()
         walked, first = 0.0, 0.0  # of each kind, the marks beyond the last maker's interval
-        kinds = [share for share in (informed_share, 1.0 - informed_share) if share > 0]
+        kinds = [share for share in (*shares.values(), 1.0 - sum(shares.values())) if share > 0]
         for share, probabilities in zip(kinds, quotes_of(env, actions)[1], strict=True):
             last = first + share * probabilities.sum(0).movedim(-1, 0)[..., None]
             walked = walked + ((env.marks[t] < first + share) & (env.marks[t] >= last)).sum(-1)
@@ -299,6 +302,71 @@ def test_informed_takers_see_edges_over_the_fair_value_and_nothing_else():
     torch.testing.assert_close(others.mark - others.reference, others.premium[:, :, 0])
     assert torch.equal(flat.mark, flat.reference)
     assert torch.equal(flat.spot, others.spot)
+
+
+def test_toxic_takers_know_the_next_variance():
+    """Where all are toxic, edges over what options are worth at the next variance do what edges over the reference do
+    where nobody knows a thing; where the variance never moves, they are informed takers."""
+    quotes = torch.Generator().manual_seed(1)
+    settings = {"num_makers": 3, "options": quoted(16, 24, dt=1 / 504), "dtype": F64}
+    knowing, others = (
+        make(256, **settings, **shares)
+        for shares in ({"toxic_share": 1.0, "informed_share": 0.0}, {"informed_share": 0.0})
+    )
+    for env in (knowing, others):
+        env.reset(seed=4)
+    now, later = others.variance[:-1].T, others.variance[1:].T
+    spot, steps = others.spot[:-1].T, torch.arange(others.num_steps)
+    for t in range(others.num_steps):
+        left = (16 - t) / 504, (24 - t) / 504
+        actions = random_actions(others, quotes)
+        noticed = []
+        for variance in (now[:, t], later[:, t]):
+            at = (steps[t], spot[:, t] / 100.0, variance)
+            volatility = others.reference_volatility(*at)
+            tau = torch.tensor(left, dtype=F64).repeat_interleave(5)
+            price = black_scholes.price(spot[:, t, None], others.strike, tau, volatility, others.is_call)
+            noticed.append(price + others.premium_at(*at)[..., 0])
+        more = (noticed[1] - noticed[0]) / others.vega[t].clamp(min=1e-3)
+        shifted = actions.clone()
+        shifted[..., : 2 * others.num_options] += (others.gap[t] + torch.stack((more, -more), 1)).flatten(1)[:, None]
+        for env in (knowing, others):
+            env.step(shifted if env is knowing else actions)
+        assert torch.equal(knowing.fills, others.fills)
+        assert more.abs().max() > 0.3
+    kinds = ({"toxic_share": 1.0, "informed_share": 0.0}, {"informed_share": 1.0})
+    flat = [make(64, MODELS["gbm"], **shares) for shares in kinds]
+    for env in flat:
+        env.reset(seed=4)
+        for _ in range(env.num_steps):
+            env.step(fixed_quotes(env))
+    assert torch.equal(flat[0].position, flat[1].position)
+
+
+def test_toxic_takers_cost_a_maker_what_the_next_variance_makes_of_their_options():
+    """The wealth of a hedged book is a martingale, unless some takers know where the variance goes."""
+    lost = {}
+    for share in (0.0, 0.5):
+        env = make(20_000, num_steps=6, options=quoted(120, dt=1 / 504), toxic_share=share, informed_share=0.0)
+        env.reset(seed=1)
+        own = makers.glft(env, 1.5, 0.8)
+        observation, _ = env.replay()
+        change, foreseen = 0.0, 0.0
+        for t in range(env.num_steps):
+            observation, _, _, _, info = env.step(torch.stack([own(observation[:, i]) for i in range(2)], 1))
+            change = change + info["wealth_change"]
+            if share:
+                worth = env._foreseen()[t, :, 0] * env.vega[t]
+                foreseen = foreseen + ((env.fills[:, :, 1] - env.fills[:, :, 0]) * worth[:, None]).sum(-1)
+        lost[share] = change.mean(0)
+        if share:
+            off = change - foreseen
+            assert (foreseen.mean(0) < -0.05).all()
+            # They know of the spot, too, as it moves with the variance; the makers' hedge takes most of that away
+            assert (off.mean(0).abs() < 4 * off.std(0) / 20_000**0.5 + 0.1 * foreseen.mean(0).abs()).all()
+        else:
+            assert (change.mean(0).abs() < 4 * change.std(0) / 20_000**0.5).all()
+    assert (lost[0.5] < lost[0.0] - 0.05).all()
 
 
 def test_the_best_price_takes_all_as_the_choice_sharpens():
@@ -411,9 +479,10 @@ def test_seats_are_alike_in_distribution_when_all_quote_the_same():
     assert abs(difference.mean()) < 4 * difference.std() / 4000**0.5
 
 
+@pytest.mark.parametrize("toxic_share", [0.0, 0.5])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_noise_has_mean_zero_whatever_is_held_and_explains_most_of_the_variance(name):
-    env = make(20_000, MODELS[name])
+def test_the_noise_has_mean_zero_whatever_is_held_and_explains_most_of_the_variance(name, toxic_share):
+    env = make(20_000, MODELS[name], toxic_share=toxic_share)
     env.reset(seed=2)
     rival = makers.glft(env, 1.5, 0.8)
     own = makers.minimum_variance_band(env, rival, 0.2)
@@ -430,7 +499,7 @@ def test_the_noise_has_mean_zero_whatever_is_held_and_explains_most_of_the_varia
         return rest, raw
 
     rest, raw = play(own, rival)
-    if name != "merton":  # where jumps, far from first order, are what the variance is made of
+    if name != "merton" and toxic_share == 0:  # where jumps, far from first order, are what the variance is made of
         assert (rest.var(0) < 0.55 * raw.var(0)).all()
     play(*(lambda observation, up=up: tilted(env, rival(observation), up) for up in (0.5, -0.5)))  # long, short
 
@@ -619,6 +688,8 @@ def test_a_market_that_stands_still():
         ({"risk_aversion": -1.0}, "risk_aversion is -1.0"),
         ({"informed_share": 1.5}, "informed_share is 1.5 (at least 0, at most 1)"),
         ({"informed_share": float("nan")}, "informed_share is nan"),
+        ({"informed_share": 0.5, "toxic_share": 0.6}, "toxic_share is 0.6 (at least 0, at most 0.5)"),
+        ({"toxic_share": -0.1}, "toxic_share is -0.1"),
         ({"options": [(100.0, 11)]}, "expiry is 11 (whole steps, at least num_steps = 12)"),
         ({"options": [(100.0, 24.5)]}, "expiry is 24.5 (whole steps"),
         ({"options": []}, "options are none or not in the order of their expiry and strike"),
