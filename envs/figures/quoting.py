@@ -387,12 +387,21 @@ def taker_sweep(path: Path, sweep: Mapping[float, Mapping[str, Mapping[str, floa
         axis.set_xticks(list(rows), [f"{share:g}" for share in rows])
         axis.set(title=label, xlabel=f"share of takers who know {known}", ylabel="currency per episode")
         if measure == "half_spread":
-            axis.set_ylabel("vol points")
+            axis.set(ylabel="vol points", yscale="log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
             continue
         axis.axhline(0.0, color="black", linewidth=1.6, label="zero: what a maker earns that does not quote")
-        low, high = axis.get_ylim()
-        axis.axhspan(min(low, 0.0), 0.0, color="black", alpha=0.05, linewidth=0, zorder=0)
-        axis.set_ylim(min(low, 0.0), max(high, 0.0))
+        values = [value for row in rows.values() for value in row.values()]
+        high = 1.1 * max(*values, 1e-6)
+        low = max(1.1 * min(*values, -0.1 * high), -0.5 * high)  # a disaster must not flatten the rest
+        axis.axhspan(low, 0.0, color="black", alpha=0.05, linewidth=0, zorder=0)
+        axis.set_ylim(low, high)
+        for share, row in rows.items():
+            for value in row.values():
+                if value < low:
+                    place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "color": AGENT}
+                    axis.annotate(f"{value:.0f} ↓", (share, low), **place)
     style.legend_beside(figure, axes["pnl"])
     figure.suptitle(f"{title}: who still earns as takers learn {known}?")
     style.save(figure, path)

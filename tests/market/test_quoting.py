@@ -90,11 +90,11 @@ def test_drawing_episodes_ahead_changes_no_number(name, rows, copies, monkeypatc
 
 @pytest.mark.parametrize("name", ["heston", "merton"])
 @pytest.mark.parametrize("num_makers", [2, 3])
-@pytest.mark.parametrize("informed_share", [0.0, 0.2, 1.0])
-def test_an_episode_settled_at_once_is_the_steps_one_by_one(name, num_makers, informed_share, monkeypatch):
+@pytest.mark.parametrize(("toxic_share", "informed_share"), [(0.0, 0.0), (0.0, 0.2), (0.0, 1.0), (0.3, 0.2)])
+def test_an_episode_settled_at_once_is_the_steps_one_by_one(name, num_makers, toxic_share, informed_share, monkeypatch):
     monkeypatch.setattr(quoting, "ROWS_AT_ONCE", 5 * 16)  # five steps at a time, of twelve
-    settings = {"num_makers": num_makers, "informed_share": informed_share, "options": quoted(16, 24, dt=1 / 504)}
-    env = make(16, model_called(name), **settings)
+    shares = {"toxic_share": toxic_share, "informed_share": informed_share}
+    env = make(16, model_called(name), num_makers=num_makers, options=quoted(16, 24, dt=1 / 504), **shares)
     env.reset(seed=0)
     generator = torch.Generator().manual_seed(1)
     actions = [random_actions(env, generator) for _ in range(env.num_steps)]
