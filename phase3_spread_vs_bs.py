@@ -163,6 +163,8 @@ class Agent(nn.Module):
         self.parts = (4, options, options)  # of the raw action: common numbers, tilts, widths
         self.network = ActorCritic(size, sum(self.parts), HIDDEN)
         self.actor_logstd = nn.Parameter(torch.full((sum(self.parts),), -0.5))
+        self.choice = (market.choice_sensitivity, market.reference_edge)
+        self.rival_edges = market.columns["rival edges"]
         # Observations are standardised by what the classical maker met before training, and saved with the policy.
         self.register_buffer("observation_mean", torch.zeros(size))
         self.register_buffer("observation_std", torch.ones(size))
@@ -188,9 +190,10 @@ class Agent(nn.Module):
         action = env.env.by_name(acted)
         self.half_spread.copy_(0.5 * (action["ask"] + action["bid"]).clamp(max=MOST).mean())
         self.band.copy_(action["band"].mean().clamp(0.01, 1.0))
-        self.observation_mean.copy_(observed.mean(0))
+        seen = self.seen(observed)
+        self.observation_mean.copy_(seen.mean(0))
         # A column that never varies here (gbm's volatility) must not be blown up in another market, where it does.
-        std = observed.std(0)
+        std = seen.std(0)
         self.observation_std.copy_(torch.where(std < 1e-2, 1.0, std))
         return observed, acted
 
@@ -213,8 +216,19 @@ class Agent(nn.Module):
         with torch.no_grad():
             self.actor_logstd.fill_(math.log(0.2))  # near an optimum, wide exploration leads away from it
 
+    def seen(self, observation: Tensor) -> Tensor:
+        """The observation with what the rivals' quotes attract in place of the quotes themselves.
+
+        An edge d would attract the share 1/(1 + exp(k(d − d_ref))) of the takers if there were nobody else. It is
+        bounded, so edges unlike those of training do no harm.
+        """
+        k, reference = self.choice
+        share = torch.sigmoid(-k * (observation[:, self.rival_edges] - reference))
+        before, after = observation[:, : self.rival_edges.start], observation[:, self.rival_edges.stop :]
+        return torch.cat((before, share, after), 1)
+
     def normalise(self, observation: Tensor) -> Tensor:
-        return ((observation - self.observation_mean) / self.observation_std).clamp(-10, 10)
+        return ((self.seen(observation) - self.observation_mean) / self.observation_std).clamp(-10, 10)
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""

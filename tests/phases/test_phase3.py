@@ -287,6 +287,15 @@ def test_verdict():
     assert "market share" in result.table()
 
 
+def test_rivals_that_quote_absurdly_wide_do_no_harm():
+    """Quotes that attract nobody are all alike to the agent."""
+    _, env, agent, _ = make(8, num_steps=6)
+    observation, _ = env.reset(seed=1)
+    wide, absurd = observation.clone(), observation.clone()
+    wide[:, agent.rival_edges], absurd[:, agent.rival_edges] = 12.0, 1000.0
+    torch.testing.assert_close(agent.policy(wide), agent.policy(absurd), rtol=0, atol=1e-4)
+
+
 def test_verdict_on_risk_and_on_edges():
     _, env, _, classic = make(512, num_steps=6)
     rash = formulas.constant_spread(env.env, 0.7)  # trades much, never mind what it holds
