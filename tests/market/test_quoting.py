@@ -479,8 +479,7 @@ def test_seats_are_alike_in_distribution_when_all_quote_the_same():
     assert abs(difference.mean()) < 4 * difference.std() / 4000**0.5
 
 
-@pytest.mark.parametrize("toxic_share", [0.0, 0.5])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "toxic_share"), [*((name, 0.0) for name in MODELS), ("heston", 0.5), ("garch", 0.5)])
 def test_the_noise_has_mean_zero_whatever_is_held_and_explains_most_of_the_variance(name, toxic_share):
     env = make(20_000, MODELS[name], toxic_share=toxic_share)
     env.reset(seed=2)
