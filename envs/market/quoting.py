@@ -518,14 +518,11 @@ class QuotingEnv(MarketEnv):
     def _foreseen(self) -> Tensor:
         """What the takers who know the next step's variance add to the gap, (num_steps, n, 2, num_options), vol points:
         how much more options are worth at it, if the spot stays."""
-        now = (self.times[:-1, None], self.spot[:-1] / self.initial_spot)
-        values = []
-        for variance in (self.variance[:-1], self.variance[1:]):
-            volatility = self.reference_volatility(*now, variance)
-            arguments = (self.spot[:-1, ..., None], self.strike, self.time_to_expiry[:-1, None], volatility)
-            reference = black_scholes.greeks(*arguments, self.is_call).price
-            values.append(reference + self.premium_at(*now, variance)[..., 0])
-        more = (values[1] - values[0]) / self.vega[:-1].clamp(min=MIN_VEGA)
+        state = (self.times[:-1, None], self.spot[:-1] / self.initial_spot, self.variance[1:])
+        arguments = (self.spot[:-1, ..., None], self.strike, self.time_to_expiry[:-1, None])
+        reference = black_scholes.greeks(*arguments, self.reference_volatility(*state), self.is_call).price
+        worth = reference + self.premium_at(*state)[..., 0]
+        more = (worth - self.mark[:-1]) / self.vega[:-1].clamp(min=MIN_VEGA)
         return torch.stack((more, -more), -2)
 
     def _set_moments(self) -> None:
