@@ -288,7 +288,8 @@ class Agent(nn.Module):
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
         common, tilt, width = raw_action.clamp(-5, 5).split(self.parts, -1)
-        half_spreads = self.half_spread * (0.6 * common[:, :1] + 0.5 * width).exp()
+        # The level of all half-spreads is what self-play has to find: a large factor, so that it is found faster
+        half_spreads = self.half_spread * (1.2 * common[:, :1] + 0.5 * width).exp()
         up = common[:, 1:2] + tilt  # of asks and bids, vol points
         target = 0.4 * common[:, 2:3]
         band = self.band * common[:, 3:4].exp()
