@@ -112,6 +112,7 @@ class Phase(NamedTuple):
     small: dict  # flags beside
     figures: set[str]
     named: set[str]  # contestants that are always in the table
+    learning_rate: float
 
     @property
     def name(self) -> str:
@@ -194,6 +195,7 @@ PHASES = {
         {"hidden_size": 8, "reference": "none", "eval_paths": 12_000},
         {"learning_curve.png", "smiles.png", "local_volatility.png"},
         {"agent", "Dupire local volatility", "constant volatility"},
+        1e-2,
     ),
     "phase1": Phase(
         phase1,
@@ -201,6 +203,7 @@ PHASES = {
         EPISODES,
         {"learning_curve.png", "no_trade_bands.png", "pnl.png"},
         HEDGERS,
+        1e-3,
     ),
     "phase2": Phase(
         phase2,
@@ -208,6 +211,7 @@ PHASES = {
         {**EPISODES, **SAC_SMALL},
         {"learning_curve.png", "no_trade_bands.png", "pnl.png", "book_episode.png"},
         HEDGERS,
+        1e-3,
     ),
     "phase3": Phase(
         phase3,
@@ -215,6 +219,7 @@ PHASES = {
         {**EPISODES, "tuning_episodes": 64},
         QUOTING_FIGURES | {"rival_sweep.png", "rival_sweep.json"},
         MAKERS,
+        7e-4,
     ),
     "phase4": Phase(
         phase4,
@@ -222,6 +227,7 @@ PHASES = {
         {**EPISODES, "tuning_episodes": 64, "num_minibatches": 2, "episodes": 1},
         QUOTING_FIGURES | SELFPLAY_FILES,
         MAKERS,
+        1.2e-3,
     ),
 }
 MARKET_PHASES = [name for name in PHASES if name != "phase0"]  # those that trade in a market

@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_learning_curve(resumed):
 def test_a_resumed_run_must_be_the_same_run(resumed):
     with pytest.raises(UsageError) as refusal:
         resumed.phase.module.main(["--resume", str(resumed.folder), "--learning-rate", "0.1"])
-    had = resumed.phase.args().learning_rate
+    had = resumed.phase.learning_rate
     assert str(refusal.value) == f"--learning-rate is 0.1, but the run to resume has {had}"
 
 
