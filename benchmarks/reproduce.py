@@ -23,6 +23,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -336,7 +337,7 @@ LEVELS_COLUMNS = (("objective", "{objective:.2f}"), ("P&L mean", "{pnl_mean:.2f}
 # The README: its table has a row for each phase, found again by its first cell; a cell is made of pairs (experiment,
 # template) and prints the range over the seeds.
 
-GAIN = f"{{advantages[{AS}].mean:+.2f}} ({{rows[agent][objective]:.1f}} against {{rows[{AS}][objective]:.1f}})"
+GAIN = f"{{advantages[{AS}].mean:+.2f}}"
 SUMMARY_HEADER = ("phase", "question", "gain over Black–Scholes", "over the strongest classic", "of what is possible")
 SUMMARY = (
     ("[0](docs/phase0.md)", "calibrate the market to option smiles",
@@ -356,11 +357,11 @@ SUMMARY = (
      [("phase2", f"{{advantages[{BS}].mean:+.2f}}")],
      [("phase2", f"{{advantages[{KMK}].mean:+.3f}}")],
      [("phase2-one-strike", f"one strike: {{{GAP}.mean:.1%}} %")]),
-    ("[3](docs/phase3.md)", "quote and hedge against a classical maker",
+    ("[3](docs/phase3.md)", "quote every option against a classical maker",
      [("phase3", GAIN)],
-     [("phase3", "{strongest[advantage].mean:+.2f}")],
+     [("phase3", "{strongest[advantage].mean:+.2f}, which knows the smile")],
      [("phase3-neutral", f"without risk: edges {{{OFF_BEST}:.1f}} % off the best response")]),
-    ("[4](docs/phase4.md)", "quote and hedge, learnt by self-play",
+    ("[4](docs/phase4.md)", "the same, learnt by self-play",
      [("phase4", GAIN)],
      [("phase4", "{strongest[advantage].mean:+.2f}")],
      [("phase4", f"best response gains {{{EXPLOITED}.mean:.1%}} %; "),
@@ -609,16 +610,19 @@ def pasted(name: str) -> Write:
 
 
 def summary(runs: Runs, old: str) -> str:
-    """The README's table of results; a row whose runs are missing stays as it is."""
-    kept = {row.split("|")[1].strip(): row for row in old.splitlines() if row.startswith("| [")}
+    """The README's table of results; a cell whose runs are missing stays as it is."""
+    kept = {}
+    for line in old.splitlines():
+        _, key, _, *texts, _ = (cell.strip() for cell in line.split("|"))
+        kept[key] = texts
     rows = []
     for key, question, *cells in SUMMARY:
-        try:
-            texts = ["".join(fill(template, runs(name)) for name, template in cell) for cell in cells]
-            rows.append(f"| {key} | {question} | {' | '.join(texts)} |")
-        except Missing:
-            rows += [kept[key]] if key in kept else []
-    return "\n".join([markdown(SUMMARY_HEADER, []), *rows])
+        texts = kept.get(key, ["pending"] * len(cells))
+        for i, cell in enumerate(cells):
+            with suppress(Missing):
+                texts[i] = "".join(fill(template, runs(name)) for name, template in cell)
+        rows.append([key, question, *texts])
+    return markdown(SUMMARY_HEADER, rows)
 
 
 def answer(runs: Runs, old: str) -> str:

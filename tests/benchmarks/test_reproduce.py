@@ -18,7 +18,10 @@ import reproduce  # noqa: E402
 
 CLASSICS = (reproduce.BS, reproduce.WW, reproduce.BAND, reproduce.ZAKAMOULINE, reproduce.MV_BAND, reproduce.MV_WW)
 TABLE = "<!-- reproduce: {} -->\n\n{}\n\n<!-- /reproduce -->"
-OLD_SUMMARY = "| phase |\n| --- |\n| [1a](docs/phase1.md) | the old row | |\n| [4](docs/phase4.md) | another | |"
+OLD_SUMMARY = (
+    "| phase | question | gain | over | possible |\n| --- | --- | --- | --- | --- |\n"
+    "| [1a](docs/phase1.md) | hedge | old 1 | old 2 | old 3 |\n| [3](docs/phase3.md) | quote | old 4 | old 5 | old 6 |"
+)
 
 
 def estimate(mean: float) -> dict:
@@ -111,13 +114,27 @@ def test_a_second_time_nothing_is_run_and_nothing_changes(project):
     assert all(file.read_bytes() == content for file, content in before)
 
 
-def test_the_readme_gets_ranges_over_the_seeds_and_keeps_rows_without_runs(project):
+def test_the_readme_gets_ranges_over_the_seeds_and_keeps_cells_without_runs(project):
     assert reproduce.main(["phase1-gbm"])
     text = text_of("README.md")
     assert "| +0.100 to +0.300 | +0.100 to +0.300 | 98.1 to 98.3 % of the gap to dynamic programming |" in text
-    assert "| [4](docs/phase4.md) | another | |" in text
-    assert "the old row" not in text
+    assert "| [3](docs/phase3.md) | quote every option against a classical maker | old 4 | old 5 | old 6 |" in text
+    assert "old 1" not in text
+    assert "| [4](docs/phase4.md) | the same, learnt by self-play | pending | pending | pending |" in text
     assert TABLE.format("answer", "old") in text
+
+
+def test_a_cell_of_the_readme_without_runs_stays(monkeypatch):
+    first, last = [("phase1-gbm", "{gain:.1f}")], [("phase1-gbm", "1")]
+    row = ("[1a](docs/phase1.md)", "hedge", first, [("phase2", "{gain:.1f}")], last)
+    monkeypatch.setattr(reproduce, "SUMMARY", [row])
+
+    def runs(name: str) -> list[dict]:
+        if name == "phase2":
+            raise reproduce.Missing(name)
+        return [{"gain": 0.5}, {"gain": 0.7}]
+
+    assert reproduce.summary(runs, OLD_SUMMARY).endswith("| [1a](docs/phase1.md) | hedge | 0.5 to 0.7 | old 2 | 1 |")
 
 
 def test_over_all_seeds_there_are_gains_and_margins_with_their_spread(project):
