@@ -18,7 +18,14 @@ from envs.benchmark.makers import (
     Makers,
     against,
 )
-from envs.benchmark.quoting import compare_makers, quoting_contest, quoting_validation, require_gain
+from envs.benchmark.quoting import (
+    compare_makers,
+    edge_table,
+    quoting_contest,
+    quoting_validation,
+    relative_error,
+    require_gain,
+)
 from envs.benchmark.report import Benchmark, Estimate, Table, estimate, relative_gain
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import Policy
@@ -232,8 +239,8 @@ class Competition:
 
     @property
     def off_nash(self) -> np.ndarray:
-        """(2, num_options) |edge − Nash|/max(|Nash|, 1 vol point)."""
-        return np.abs(self.edges - self.nash) / np.maximum(np.abs(self.nash), 1.0)
+        """(2, num_options), `relative_error` of the edges."""
+        return relative_error(self.edges, self.nash)
 
 
 @torch.no_grad()
@@ -396,10 +403,8 @@ def require_competition(result: Benchmark, compete: Competition, bars: dict[str,
     bar = bars["edge off Nash"]
     detail = f"{100 * off.max():.2f} % at most, {100 * off.mean():.2f} % on average over options and sides"
     result.require_at_most(f"edges within {100 * bar:g} % of Nash", off.max(), bar, detail)
-    header = ["vol points", *(f"{side} {i}" for side in ("ask", "bid") for i in range(off.shape[1]))]
-    rows = (("agent", compete.edges), ("Nash", compete.nash), ("monopoly", compete.monopoly))
-    body = [[name, *edges.flatten().tolist()] for name, edges in rows]
-    result.tables["edges over the reference price, makers that are all the agent"] = Table(header, body)
+    edges = edge_table(agent=compete.edges, Nash=compete.nash, monopoly=compete.monopoly)
+    result.tables["edges over the reference price, makers that are all the agent"] = edges
     share = compete.exploitability
     bar = bars["exploitable"]
     name = f"exploitable, in closed form, by {100 * bar:g} % at most"

@@ -1,6 +1,7 @@
 """The benchmark of a maker: the same seat, rivals and takers for every contestant."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from envs.benchmark.makers import (
     Makers,
     against_rival,
 )
-from envs.benchmark.report import Benchmark, Episodes, Estimate, compare, relative_gain
+from envs.benchmark.report import Benchmark, Episodes, Estimate, Table, compare, relative_gain
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import Policy
 from envs.market.history import Historical
@@ -117,23 +118,61 @@ def strongest(played: Mapping[str, Episodes]) -> str:
     return max((name for name in played if name != "agent"), key=lambda name: played[name]["objective"].mean())
 
 
+@dataclass
+class KnownEdges:
+    """A maker's edges beside the exact ones.
+
+    Attributes:
+        edges, exact: (2, num_options) mean edges of asks and bids over the reference prices, vol points, over all
+            takers who come: the maker's own, and the exact ones.
+        apart: mean of `relative_error` in every single state, over options and sides; far from the money and near the
+            end of an episode a state counts as much as any other, though hardly anything depends on it.
+    """
+
+    edges: np.ndarray
+    exact: np.ndarray
+    apart: float
+
+    @property
+    def off(self) -> np.ndarray:
+        """(2, num_options), the relative error of the mean edges."""
+        return relative_error(self.edges, self.exact)
+
+
+def relative_error(edges, exact):
+    """|edge − exact|/max(|exact|, 1 vol point), of arrays or tensors of one shape."""
+    return abs(edges - exact) / abs(exact).clip(1.0)
+
+
+def edge_table(**rows: np.ndarray) -> Table:
+    """Edges (2, num_options) of asks and bids, a row for every name."""
+    options = range(next(iter(rows.values())).shape[1])
+    header = ["vol points", *(f"{side} {i}" for side in ("ask", "bid") for i in options)]
+    return Table(header, [[name.replace("_", " "), *edges.flatten().tolist()] for name, edges in rows.items()])
+
+
 @torch.no_grad()
-def edge_error(env: AgainstRivals, policy: Policy) -> float:
-    """Mean of |edge − best response|/max(|best response|, 1 vol point) over all options, sides and steps of the
-    environment's current market.
+def beside_best(env: AgainstRivals, policy: Policy) -> KnownEdges:
+    """Plays the environment's current market and compares the policy's edges with the best response's.
 
     The best response is to what the rivals quote in that very step, as if nothing were risked and hedging free.
     """
     market = env.env
-    total = 0.0
+    sums = torch.zeros(2, 2, market.num_options, dtype=torch.float64, device=market.device)
+    weight = torch.zeros(2, market.num_options, dtype=torch.float64, device=market.device)
+    apart = 0.0
     observation, _ = env.replay()
     for t in range(env.num_steps):
         observation = env.advance(policy(observation))
         rivals = market.edges[:, env.other_seats].movedim(1, -1)
         arguments = (market.choice_sensitivity, market.reference_edge, market.gap[t], market.informed_share)
         best = best_edge(rivals, *arguments)
-        total += float(((market.edges[:, env.seat] - best).abs() / best.abs().clamp(min=1.0)).mean())
-    return total / env.num_steps
+        own = market.edges[:, env.seat]
+        takers = market.intensity[t][:, :, None] * market.vega[t][:, None]  # (n, 2, O), weighted by vega
+        sums += torch.stack(((own * takers).sum(0), (best * takers).sum(0)))
+        weight += takers.sum(0)
+        apart += float(relative_error(own, best).mean())
+    return KnownEdges(*(sums / weight).cpu().numpy(), apart / env.num_steps)
 
 
 @torch.no_grad()
@@ -199,9 +238,11 @@ def judge_quoting(settings: dict, contest: Contest, default_market: bool) -> Ben
     if contest.exact:
         env = contest.env.like(4096)
         env.reset(seed=BENCHMARK_SEED)
-        error = edge_error(env, contest.policies["agent"])
+        known = beside_best(env, contest.policies["agent"])
+        result.tables["mean edges over the reference price"] = edge_table(agent=known.edges, best_response=known.exact)
+        error = known.off.mean()
         bar = bars["edge off the best response"]
-        detail = f"{100 * error:.2f} % off on average"
+        detail = f"{100 * error:.2f} % off on average over options and sides; {100 * known.apart:.2f} % state by state"
         result.require_at_most(f"edge within {100 * bar:g} % of the best response", error, bar, detail)
         bar = bars["objective below it"] * result.rows[contest.best]["objective"]
         difference = result.advantages[contest.best]

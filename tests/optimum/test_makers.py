@@ -10,7 +10,7 @@ from common import calls, quoted
 from envs import AgainstRivals, QuotingEnv
 from envs.baselines import makers
 from envs.benchmark.contest import play
-from envs.benchmark.quoting import edge_error
+from envs.benchmark.quoting import beside_best
 from envs.benchmark.report import estimate
 from envs.market import dynamics
 from envs.market.moves import StepMoves
@@ -103,7 +103,7 @@ def test_best_response_earns_most_where_nothing_is_risked(name, informed_share):
     }
     best = BestResponse(env)
     env.reset(seed=0)
-    assert edge_error(env, best) < 2e-3 if name == "gbm" else edge_error(env, best) < 0.03
+    assert beside_best(env, best).apart < 2e-3 if name == "gbm" else beside_best(env, best).apart < 0.03
     value = play(env, best)["objective_centred"]
     for label, policy in others.items():
         gain = estimate(value - play(env, policy)["objective_centred"])
@@ -139,7 +139,7 @@ def test_programming_without_risk_is_the_best_response():
     for step, vega in ((0, 1.0), (10, 3.0), (18, 5.0)):  # no fill leads beyond the grid, which is felt nearby
         assert costs_of(policy, market, step, torch.linspace(-vega, vega, 11)).abs().max() < 1e-3
     env.reset(seed=0)
-    assert edge_error(env, policy) < 2e-3  # before the first quote the rival's is not known
+    assert beside_best(env, policy).apart < 2e-3  # before the first quote the rival's is not known
     still = env.standing_still(1)
     best = best_response(torch.tensor([1.1]), 2.0, 1.0)
     quotes = market.by_name(policy(still.observe_at(5)))

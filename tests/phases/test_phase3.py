@@ -336,10 +336,16 @@ def test_edges_are_measured_against_the_best_response_where_there_is_a_smile():
 
         return policy
 
-    start = quoting.edge_error(env, best)  # the first best response is to the rival's unknown first quote
-    assert start < 0.05
-    assert 0.3 * 0.01 < quoting.edge_error(env, shifted(0.01)) - start + 0.01 < 0.021
-    assert quoting.edge_error(env, formulas.constant_spread(market, 0.8)) > 0.3
+    start = quoting.beside_best(env, best)  # the first best response is to the rival's unknown first quote
+    assert start.apart < 0.05
+    moved = quoting.beside_best(env, shifted(0.01))
+    assert 0.3 * 0.01 < moved.apart - start.apart + 0.01 < 0.021
+    np.testing.assert_allclose(moved.edges, start.edges + 0.01, atol=1e-5)
+    np.testing.assert_allclose(moved.off, abs(moved.edges - start.exact) / np.maximum(abs(start.exact), 1.0), rtol=1e-6)
+    flat = quoting.beside_best(env, formulas.constant_spread(market, 0.8))
+    np.testing.assert_allclose(flat.edges, 0.8, rtol=1e-5)
+    assert flat.apart > 0.3
+    assert flat.off.mean() > 0.3
 
 
 def test_a_baseline_that_never_trades_is_no_reason_to_stop(run):
