@@ -113,7 +113,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """environment steps of the whole run, over all environments"""
     num_envs: int = 64
     """environments side by side; more of them are faster, but make fewer updates of as many steps"""
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 1e-3
     """learning rate of Adam"""
     anneal_share: float = 0.75
     """share of the run, its last, in which the learning rate falls linearly to zero"""
