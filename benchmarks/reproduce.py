@@ -91,6 +91,7 @@ STARTS = "benchmarks/selfplay_starts.py"
 THROUGHPUT = "benchmarks/throughput.py"
 NEUTRAL = "--risk-aversion 0 --cost-rate 0"
 SURFACE = "--moneyness -1 -0.5 0 0.5 1 --expiries 60 90 120 180"
+UNTIL_2010 = "--dynamics garch --history-end 2010-12-31"
 IN_MARLVOL = "--dynamics marlvol --marlvol-checkpoint {phase0:first}"
 EXPERIMENTS = (
     Experiment("phase0", PHASE0, "", 5, 10),
@@ -110,13 +111,15 @@ EXPERIMENTS = (
     Experiment("phase1-garch", PHASE1, "--dynamics garch", 2),
     Experiment("phase1-heston", PHASE1, "--dynamics heston", 2, 1),
     Experiment("phase1-merton", PHASE1, "--dynamics merton", 2, 1),
-    Experiment("phase1-until-2010", PHASE1, "--dynamics garch --history-end 2010-12-31", 2),
+    Experiment("phase1-until-2010", PHASE1, UNTIL_2010, 2),
     Experiment("phase1-historical", PHASE1, "--evaluate {phase1-until-2010} --dynamics historical", 0.5),
     Experiment("phase2", PHASE2, "", 2.5, 10),
     Experiment("phase2-one-strike", PHASE2,
                "--num-strikes 1 --expiries 30 --arrival-rate 0.25 --mean-order-size 1", 2.5),
     Experiment("phase2-heston", PHASE2, "--dynamics heston", 2.5, 1),
     Experiment("phase2-garch", PHASE2, "--dynamics garch", 2.5, 1),
+    Experiment("phase2-until-2010", PHASE2, UNTIL_2010, 2.5),
+    Experiment("phase2-historical", PHASE2, "--evaluate {phase2-until-2010} --dynamics historical", 1),
     Experiment("phase2-cost", "benchmarks/cost_trend.py", "--seed {seed}", 20),
     Experiment("phase3", PHASE3, "", 4, 10),
     Experiment("phase3-neutral", PHASE3, f"{NEUTRAL} --gamma 0", 4, 5),
@@ -127,6 +130,8 @@ EXPERIMENTS = (
     Experiment("phase3-to-garch", PHASE3, "--evaluate {phase3} --dynamics garch", 1, 1),
     Experiment("phase3-to-merton", PHASE3, "--evaluate {phase3} --dynamics merton", 1, 1),
     Experiment("phase3-to-gbm", PHASE3, "--evaluate {phase3} --dynamics gbm", 1, 1),
+    Experiment("phase3-until-2010", PHASE3, UNTIL_2010, 5),
+    Experiment("phase3-historical", PHASE3, "--evaluate {phase3-until-2010} --dynamics historical", 2),
     Experiment("phase3-informed", "benchmarks/informed_sweep.py", "--seed {seed}", 15),
     Experiment("phase3-toxic", "benchmarks/informed_sweep.py", "--takers toxic --seed {seed}", 15),
     Experiment("phase3-start", "benchmarks/ablation_start.py", "--seeds {seeds}", 40),
@@ -138,6 +143,8 @@ EXPERIMENTS = (
     Experiment("phase4-gamma", STARTS, '--neutral --seeds {seed} --flags="--gamma 1"', 5),
     Experiment("phase4-alone", STARTS, '--neutral --seeds {seed} --flags="--gamma 1 --classical-share 0"', 5),
     Experiment("phase4-starts", STARTS, "--seeds {seeds}", 15),
+    Experiment("phase4-until-2010", PHASE4, f"--num-envs 64 --no-exploitability {UNTIL_2010}", 5),
+    Experiment("phase4-historical", PHASE4, "--evaluate {phase4-until-2010} --dynamics historical", 2),
     Experiment("phase4-surface", PHASE4, f"--num-envs 64 {SURFACE}", 15),
     Experiment("speed1", THROUGHPUT, "--phases phase1 --num-envs 64 1024 --peers --iterations 40", 3),
     Experiment("speed1-wide", THROUGHPUT, "--phases phase1 --num-envs 16384 --peers --iterations 4", 4),
@@ -271,6 +278,12 @@ MAKER = (
     ("the strongest classic", "{strongest[label]}"),
     *((f"agent − {label}", over(name, ".3f")) for name, label in CLASSICS.items()),
 )
+MAKER_HISTORICAL = (
+    *MAKER[:4],
+    ("agent − strongest classic", "{strongest[advantage]:.3f}"),
+    ("agent − Avellaneda–Stoikov", over(AS, ".3f")),
+    ("agent − GLFT, minimum-variance delta, band", over(BELIEVER_BAND, ".3f")),
+)
 MAKER_GBM = (
     ("gbm: agent − strongest classic", "{strongest[advantage]:.3f}"),
     ("gbm: the strongest classic", "{strongest[label]}"),
@@ -310,6 +323,13 @@ BOOK_HEADER = ("seed 1", "agent − Black–Scholes delta", "agent − Kallsen�
                "agent − minimum-variance delta with a constant band",
                "agent − the same with Kallsen–Muhle-Karbe's band")
 BOOK = (over(BS), over(KMK), over(MV_BAND), over(MV_KMK))
+BOOK_HISTORICAL = (
+    ("agent − Black–Scholes delta", over(BS, ".3f")),
+    ("agent − Kallsen–Muhle-Karbe", over(KMK, ".3f")),
+    ("agent − the minimum-variance delta with a constant band", over(MV_BAND, ".3f")),
+    ("agent − the same with Kallsen–Muhle-Karbe's band", over(MV_KMK, ".3f")),
+    ("verdict", "{verdict}"),
+)
 BOOK_MARKETS = (("heston", "phase2-heston", BOOK), ("garch", "phase2-garch", BOOK))
 HEDGE_MARKETS = (("heston", "phase1-heston", ["{verdict}"]), ("merton", "phase1-merton", ["{verdict}"]))
 MARLVOL_HEADER = ("phase, seed 1", "above the named baseline", "above the strongest classic", "verdict")
@@ -686,6 +706,8 @@ TABLES = (
     Table("phase2-one-strike", DOC2, ("phase2-one-strike",),
           by_seed(("phase2-one-strike", (HEDGE_GBM[0], *HEDGE_BOOK))), {"no_trade_bands": "phase2_no_trade_bands"}),
     Table("phase2-markets", DOC2, ("phase2-heston", "phase2-garch"), by_experiment(BOOK_HEADER, BOOK_MARKETS)),
+    Table("phase2-historical", DOC2, ("phase2-until-2010", "phase2-historical"),
+          by_seed(("phase2-historical", BOOK_HISTORICAL))),
     Table("phase2-cost", DOC2, ("phase2-cost",), pasted("phase2-cost"), {"cost_trend": "phase2_cost_trend"}),
     Table("phase3-makers", DOC3, ("phase3",), by_seed(("phase3", MAKER)),
           {name: f"phase3_{name}" for name in ("learnt_quotes", "episode", "rival_sweep")}),
@@ -699,6 +721,8 @@ TABLES = (
           {"informed_sweep": "phase3_informed_sweep"}),
     Table("phase3-toxic", DOC3, ("phase3-toxic",), pasted("phase3-toxic"), {"toxic_sweep": "phase3_toxic_sweep"}),
     Table("phase3-start", DOC3, ("phase3-start",), pasted("phase3-start"), {"ablation_start": "phase3_start"}),
+    Table("phase3-historical", DOC3, ("phase3-until-2010", "phase3-historical"),
+          by_seed(("phase3-historical", MAKER_HISTORICAL))),
     Table("phase3-surface", DOC3, ("phase3-surface",), by_seed(("phase3-surface", MAKER)),
           {"learnt_quotes": "phase3_surface_quotes"}),
     Table("phase4-selfplay", DOC4, ("phase4",), by_seed(("phase4", SELFPLAY)),
@@ -710,6 +734,8 @@ TABLES = (
     Table("phase4-alone", DOC4, ("phase4-alone",), pasted("phase4-alone")),
     Table("phase4-starts", DOC4, ("phase4-starts",), pasted("phase4-starts"), {"selfplay_starts": "phase4_edges"}),
     Table("phase4-wide", DOC4, ("phase4-wide",), by_seed(("phase4-wide", SELFPLAY_WIDE))),
+    Table("phase4-historical", DOC4, ("phase4-until-2010", "phase4-historical"),
+          by_seed(("phase4-historical", MAKER_HISTORICAL))),
     Table("phase4-surface", DOC4, ("phase4-surface",), by_seed(("phase4-surface", SELFPLAY))),
     *(Table(name, SPEED, (name,), pasted(name)) for name in
       ("speed1", "speed1-wide", "speed2", "speed3", "speed4", "speed-market", "kernels")),
