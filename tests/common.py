@@ -227,7 +227,7 @@ PHASES = {
         {**EPISODES, "tuning_episodes": 64, "num_minibatches": 2, "episodes": 1},
         QUOTING_FIGURES | SELFPLAY_FILES,
         MAKERS,
-        1e-3,
+        1.4e-3,
     ),
 }
 MARKET_PHASES = [name for name in PHASES if name != "phase0"]  # those that trade in a market
