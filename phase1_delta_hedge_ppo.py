@@ -21,7 +21,7 @@ from envs.benchmark import bars
 from envs.benchmark.hedging import hedging_benchmark, hedging_validation
 from envs.figures.hedging import hedging_report
 from envs.market.dynamics import Dynamics
-from envs.models import ModelArgs, check_unseen, make_model
+from envs.models import HedgingArgs, check_unseen, make_model
 from envs.networks import ActorCritic, Adam, clip_gradients, minibatches
 from envs.run.args import BatchedRunArgs, check_ppo, check_range
 from envs.run.files import check_memory
@@ -36,7 +36,7 @@ QUICK = {"total_timesteps": 1_000_000, "eval_episodes": 8192, "num_evaluations":
 
 
 @dataclass
-class Args(ModelArgs, BatchedRunArgs):
+class Args(HedgingArgs, BatchedRunArgs):
     """Phase 1: train a PPO agent to hedge one sold option, then benchmark it.
 
     The agent is short one at-the-money call (S = K = 100, 30 trading days) and trades the underlying once a day at a
@@ -48,6 +48,7 @@ class Args(ModelArgs, BatchedRunArgs):
 
       python phase1_delta_hedge_ppo.py                      constant volatility (phase 1a)
       python phase1_delta_hedge_ppo.py --dynamics garch     autocorrelated volatility (phase 1b)
+      python phase1_delta_hedge_ppo.py --dynamics mixture   many models at once, for an agent that carries over
       python phase1_delta_hedge_ppo.py --resume runs/NAME   go on where a run stopped
       python phase1_delta_hedge_ppo.py --evaluate runs/NAME --dynamics heston
 
@@ -114,7 +115,8 @@ class Args(ModelArgs, BatchedRunArgs):
 
 
 def make_env(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> HedgingEnv:
-    settings = {"num_steps": args.num_steps, "cost_rate": args.cost_rate, "risk_aversion": args.risk_aversion}
+    names = ("num_steps", "cost_rate", "risk_aversion", "trader_view")
+    settings = {name: getattr(args, name) for name in names}
     return HedgingEnv(num_envs, model, device=device, **settings)
 
 

@@ -26,7 +26,7 @@ from envs.benchmark.hedging import hedging_benchmark, hedging_validation
 from envs.figures.hedging import hedging_report
 from envs.market.dynamics import Dynamics
 from envs.market.hedging import option_grid
-from envs.models import ModelArgs, check_unseen, make_model
+from envs.models import HedgingArgs, check_unseen, make_model
 from envs.networks import Adam, Networks
 from envs.run.args import BatchedRunArgs, check_range
 from envs.run.errors import check
@@ -42,7 +42,7 @@ QUICK = {"total_timesteps": 500_000, "eval_episodes": 8192, "num_evaluations": 8
 
 
 @dataclass
-class Args(ModelArgs, BatchedRunArgs):
+class Args(HedgingArgs, BatchedRunArgs):
     """Phase 2: train a SAC agent to hedge a book of options fed by client orders, then benchmark it.
 
     Client orders arrive as a Poisson process on every option and side: puts below the spot, calls from there up, five
@@ -56,6 +56,7 @@ class Args(ModelArgs, BatchedRunArgs):
 
       python phase2_multi_order_sac.py                       ten options, two expiries
       python phase2_multi_order_sac.py --dynamics garch      the same with autocorrelated volatility
+      python phase2_multi_order_sac.py --dynamics mixture    many models at once, for an agent that carries over
       python phase2_multi_order_sac.py --resume runs/NAME    go on where a run stopped
       python phase2_multi_order_sac.py --evaluate runs/NAME --cost-rate 2e-3
 
@@ -173,7 +174,9 @@ class Args(ModelArgs, BatchedRunArgs):
 def make_env(args: Args, model: Dynamics, num_envs: int, device: torch.device) -> HedgingEnv:
     half = (args.num_strikes - 1) / 2
     strikes = [100.0 + args.strike_spacing * (i - half) for i in range(args.num_strikes)]
-    names = ("num_steps", "cost_rate", "risk_aversion", "arrival_rate", "mean_order_size", "client_spread")
+    names = (
+        "num_steps", "cost_rate", "risk_aversion", "trader_view", "arrival_rate", "mean_order_size", "client_spread",
+    )  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
     options = option_grid(strikes, args.expiries)
     return HedgingEnv(num_envs, model, options=options, initial_position=0.0, device=device, **settings)
@@ -360,7 +363,7 @@ def rollout(env: HedgingEnv, agent: Agent, buffer: ReplayBuffer, args: Args, gen
     traded = info["net_delta"]
     share_costs = env.cost_rate * env.spot
     trade_cost = share_costs[:-1] * (traded - net_deltas[:-1]).abs()
-    centre = minimum_variance_delta(env)(observations[:-1].flatten(0, 1))[:, 0].view_as(traded)
+    centre = minimum_variance_delta(env)(observations[:-1])[..., 0]
     spot_variance = env.spot[:-1] ** 2 * env.variance[:-1] * env.dynamics.dt
     risk = 0.5 * env.risk_aversion * spot_variance * traded * (traded - 2 * centre)
     # The reward that is learnt from has the optimum of the raw one and a small part of its noise. It is the gain

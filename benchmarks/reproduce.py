@@ -93,6 +93,18 @@ NEUTRAL = "--risk-aversion 0 --cost-rate 0"
 SURFACE = "--moneyness -1 -0.5 0 0.5 1 --expiries 60 90 120 180"
 UNTIL_2010 = "--dynamics garch --history-end 2010-12-31"
 IN_MARLVOL = "--dynamics marlvol --marlvol-checkpoint {phase0:first}"
+MIXED = ("gbm", "heston", "garch", "merton")  # the models of a mixture
+
+
+def evaluated_in(script: str, name: str) -> list[Experiment]:
+    """Evaluations of the agents of an experiment in each model of the mixture, and on real closes."""
+    markets = {model: model for model in MIXED} | {"historical": "historical --history-end 2010-12-31"}
+    return [
+        Experiment(f"{name}-in-{market}", script, f"--evaluate {{{name}}} --dynamics {flags}", 0.5)
+        for market, flags in markets.items()
+    ]
+
+
 EXPERIMENTS = (
     Experiment("phase0", PHASE0, "", 5, 10),
     Experiment("phase0-memoryless", PHASE0, "--task exotic --state non-path-dependent --no-antithetic", 3),
@@ -111,6 +123,8 @@ EXPERIMENTS = (
     Experiment("phase1-garch", PHASE1, "--dynamics garch", 2),
     Experiment("phase1-heston", PHASE1, "--dynamics heston", 2, 1),
     Experiment("phase1-merton", PHASE1, "--dynamics merton", 2, 1),
+    Experiment("phase1-mixture", PHASE1, "--dynamics mixture", 3),
+    *evaluated_in(PHASE1, "phase1-mixture"),
     Experiment("phase1-until-2010", PHASE1, UNTIL_2010, 2),
     Experiment("phase1-historical", PHASE1, "--evaluate {phase1-until-2010} --dynamics historical", 0.5),
     Experiment("phase2", PHASE2, "", 2.5, 10),
@@ -118,6 +132,9 @@ EXPERIMENTS = (
                "--num-strikes 1 --expiries 30 --arrival-rate 0.25 --mean-order-size 1", 2.5),
     Experiment("phase2-heston", PHASE2, "--dynamics heston", 2.5, 1),
     Experiment("phase2-garch", PHASE2, "--dynamics garch", 2.5, 1),
+    Experiment("phase2-merton", PHASE2, "--dynamics merton", 2.5, 1),
+    Experiment("phase2-mixture", PHASE2, "--dynamics mixture", 4),
+    *evaluated_in(PHASE2, "phase2-mixture"),
     Experiment("phase2-until-2010", PHASE2, UNTIL_2010, 2.5),
     Experiment("phase2-historical", PHASE2, "--evaluate {phase2-until-2010} --dynamics historical", 1),
     Experiment("phase2-cost", "benchmarks/cost_trend.py", "--seed {seed}", 20),
@@ -330,6 +347,7 @@ BOOK_HISTORICAL = (
     ("agent − the same with Kallsen–Muhle-Karbe's band", over(MV_KMK, ".3f")),
     ("verdict", "{verdict}"),
 )
+CARRIED_HEADER = ("market", "one agent", "the market's own", "of that", "one agent over the strongest classic there")
 BOOK_MARKETS = (("heston", "phase2-heston", BOOK), ("garch", "phase2-garch", BOOK))
 HEDGE_MARKETS = (("heston", "phase1-heston", ["{verdict}"]), ("merton", "phase1-merton", ["{verdict}"]))
 MARLVOL_HEADER = ("phase, seed 1", "above the named baseline", "above the strongest classic", "verdict")
@@ -617,6 +635,30 @@ def over_all_seeds(name: str) -> Write:
     return write
 
 
+def carried_over(name: str, specialists: dict[str, str]) -> Write:
+    """A table of one row for each market: what an agent of all of them gains there over Black–Scholes delta hedging,
+    and of what the agent that was trained there gains (first seed) which share.
+
+    Args:
+        name: experiment of the agents that were trained in all markets; evaluated in `NAME-in-MARKET`.
+        specialists: market → experiment of the agent that was trained in it.
+    """
+
+    def write(runs: Runs, old: str) -> str:
+        body = []
+        for market, specialist in specialists.items():
+            seeds = runs(f"{name}-in-{market}")
+            gains = [run["advantages"][BS] for run in seeds]
+            own = runs(specialist)[0]["advantages"][BS]
+            shares = [gain.mean / own.mean for gain in gains]
+            least = [min(x for key, x in run["advantages"].items() if key.endswith(", tuned")) for run in seeds]
+            cells = (spread(gains, ".3f"), format(own, ".3f"), f"{spread(shares, '.0%')} %", spread(least, ".3f"))
+            body.append([market, *cells])
+        return markdown(CARRIED_HEADER, body)
+
+    return write
+
+
 def pasted(name: str) -> Write:
     """The table that a script of benchmarks/ has written itself, the one .md file in its folder."""
 
@@ -681,6 +723,7 @@ DOC3 = "docs/phase3.md"
 DOC4 = "docs/phase4.md"
 EVIDENCE = "docs/evidence.md"
 SPEED = "docs/speed.md"
+IN_PHASE2 = {"gbm": "phase2", **{model: f"phase2-{model}" for model in MIXED[1:]}}
 TABLES = (
     Table("phase0-smile", DOC0, ("phase0",), by_seed(("phase0", SMILE)), {"smiles": "phase0_smiles"}),
     Table("phase0-ablation", DOC0, ("phase0-ablation",), pasted("phase0-ablation")),
@@ -702,12 +745,21 @@ TABLES = (
           by_experiment(("seed 1", "verdict"), HEDGE_MARKETS)),
     Table("phase1-historical", DOC1, ("phase1-until-2010", "phase1-historical"),
           by_seed(("phase1-historical", HISTORICAL))),
+    Table("phase1-mixture", DOC1, ("phase1-mixture", *(f"phase1-mixture-in-{x}" for x in MIXED),
+                                   *(f"phase1-{x}" for x in MIXED)),
+          carried_over("phase1-mixture", {x: f"phase1-{x}" for x in MIXED})),
+    Table("phase1-mixture-historical", DOC1, ("phase1-mixture", "phase1-mixture-in-historical"),
+          by_seed(("phase1-mixture-in-historical", HISTORICAL))),
     Table("phase2-book", DOC2, ("phase2",), by_seed(("phase2", HEDGE_BOOK)), {"book_episode": "phase2_book_episode"}),
     Table("phase2-one-strike", DOC2, ("phase2-one-strike",),
           by_seed(("phase2-one-strike", (HEDGE_GBM[0], *HEDGE_BOOK))), {"no_trade_bands": "phase2_no_trade_bands"}),
     Table("phase2-markets", DOC2, ("phase2-heston", "phase2-garch"), by_experiment(BOOK_HEADER, BOOK_MARKETS)),
     Table("phase2-historical", DOC2, ("phase2-until-2010", "phase2-historical"),
           by_seed(("phase2-historical", BOOK_HISTORICAL))),
+    Table("phase2-mixture", DOC2, ("phase2-mixture", *(f"phase2-mixture-in-{x}" for x in MIXED), *IN_PHASE2.values()),
+          carried_over("phase2-mixture", IN_PHASE2)),
+    Table("phase2-mixture-historical", DOC2, ("phase2-mixture", "phase2-mixture-in-historical"),
+          by_seed(("phase2-mixture-in-historical", BOOK_HISTORICAL))),
     Table("phase2-cost", DOC2, ("phase2-cost",), pasted("phase2-cost"), {"cost_trend": "phase2_cost_trend"}),
     Table("phase3-makers", DOC3, ("phase3",), by_seed(("phase3", MAKER)),
           {name: f"phase3_{name}" for name in ("learnt_quotes", "episode", "rival_sweep")}),

@@ -15,6 +15,7 @@ from envs.market import smiles
 from envs.market.dynamics import GARCH, GBM, Dynamics, Heston, Merton
 from envs.market.hedging import Option
 from envs.market.history import Historical, fit_garch, load_closes
+from envs.market.mixture import Mixture, mixed_models
 from envs.market.quoting import moneyness_grid
 from envs.market.units import TRADING_DAYS
 from envs.run.args import check_range, short
@@ -41,12 +42,17 @@ class ModelArgs:
     marlvol_checkpoint: str | None = None
     """run folder or checkpoint of phase 0, whose market marlvol is"""
 
+    @property
+    def models(self) -> list[str]:
+        """What --dynamics may be."""
+        return [name for name in NAMES if name != "historical" or self.evaluate]
+
     def check(self) -> None:
         """Raises UsageError for the first argument that cannot work."""
         super().check()
-        names = NAMES if self.evaluate else [name for name in NAMES if name != "historical"]
         hint = "" if self.evaluate else "; historical with --evaluate"
-        check(self.dynamics in names, f"--dynamics is {self.dynamics!r} (one of {', '.join(names)}{hint})")
+        known = f"one of {', '.join(self.models)}{hint}"
+        check(self.dynamics in self.models, f"--dynamics is {self.dynamics!r} ({known})")
         calibrated = self.dynamics == "marlvol"
         named = self.marlvol_checkpoint is not None
         check(named or not calibrated, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0")
@@ -75,6 +81,28 @@ def day_of(history_end: str | None) -> date:
         return date.max if history_end is None else date.fromisoformat(history_end)
     except ValueError:
         raise UsageError(f"--history-end is {history_end!r} (a day, YYYY-MM-DD)") from None
+
+
+@dataclass
+class HedgingArgs(ModelArgs):
+    """Flags of the model of the underlying for an agent that hedges."""
+
+    dynamics: str = "gbm"
+    """model of the underlying: gbm, garch, heston, merton, marlvol; mixture, where the environments have the first four
+    in turn, with parameters of their own; historical (real closes) with --evaluate only"""
+    trader_view: bool = False
+    """let the agent see what a trader sees, implied and realised volatility and what delta hedging has earned lately,
+    in place of the model's variance; always with mixture, where it has to find out which model it is in"""
+
+    @property
+    def models(self) -> list[str]:
+        """What --dynamics may be."""
+        return [*super().models, "mixture"]
+
+    def fill(self) -> None:
+        """Fills in the flags whose defaults depend on another flag; called before `check`."""
+        super().fill()
+        self.trader_view = self.trader_view or self.dynamics == "mixture"
 
 
 @dataclass
@@ -285,6 +313,8 @@ def _make_model(args: ModelArgs, dt: float) -> Dynamics:
         return Heston(variance, variance, args.mean_reversion, args.vol_of_vol, args.correlation, dt)
     if args.dynamics == "merton":
         return Merton(dt=dt)
+    if args.dynamics == "mixture":
+        return Mixture(mixed_models(dt))
     if args.dynamics == "marlvol":
         return load_market(args.marlvol_checkpoint, dt)
     if args.dynamics not in ("garch", "historical"):

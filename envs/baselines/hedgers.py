@@ -53,7 +53,7 @@ def minimum_variance_delta(env: HedgingEnv) -> Policy:
 
     def policy(observation: Tensor) -> Tensor:
         state = env.decode(observation)
-        spot = state.spot[:, None]
+        spot = state.spot[..., None]
         slope = env.smile.slope(state.step, state.spot / env.initial_spot, state.variance)
         vega = black_scholes.vega(spot, env.strike, state.time_to_expiry, state.volatility)
         return env.to_action(offset=-(state.position * vega * slope / spot).sum(-1))

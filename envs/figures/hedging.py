@@ -13,6 +13,7 @@ from envs.benchmark.hedging import BLACK_SCHOLES
 from envs.figures import style
 from envs.figures.style import AGENT, BASELINE, OPTIMUM, OTHER
 from envs.market.hedging import HedgingEnv, Policy
+from envs.market.mixture import Mixture
 from envs.run.files import read_metrics
 from envs.run.seeds import BENCHMARK_SEED
 
@@ -34,9 +35,10 @@ def hedging_report(folder: Path, contest: Contest) -> None:
         levels = {name: (gain, colours[name]) for name, gain in gains.items()}
         metric = "charts/gain_over_black_scholes"
         style.learning_curve(folder / "learning_curve.png", curve, metric, levels, contest.exact, f"{title}: training")
-    env = contest.env.like(161)
     policies = contest.policies
-    no_trade_bands(folder / "no_trade_bands.png", env, policies["agent"], policies[best], best, title)
+    if not isinstance(contest.env.dynamics, Mixture):  # there every row has a model of its own, and its own bands
+        env = contest.env.like(161)
+        no_trade_bands(folder / "no_trade_bands.png", env, policies["agent"], policies[best], best, title)
     drawn = {"agent": AGENT, BLACK_SCHOLES: BASELINE, best: OPTIMUM}
     pnls = {name: (contest.played[name]["pnl"], colour) for name, colour in drawn.items()}
     episodes = len(contest.played["agent"]["pnl"])
@@ -95,6 +97,8 @@ def _spread_over_spots(env: HedgingEnv, day: int, sold: torch.Tensor) -> np.ndar
     orders = torch.zeros(env.num_envs, env.num_steps, env.num_options, 2).to(sold)
     orders[:, 0, :, 0] = sold
     env.set_market(paths, variances, (orders, orders))
+    if env.trader_view:
+        env.forget()  # on paths that stand still nothing moves, which is no news here
     env.replay()
     env.t = day
     env.holding = -env.delta[day]

@@ -28,6 +28,8 @@ from envs.market.units import MIN_VARIANCE, REFERENCE_VOLATILITY
 
 Tensor = torch.Tensor
 
+RECENT = 10  # steps, of the moving averages in a trader's view
+
 Policy = Callable[[Tensor], Tensor]  # observation (n, size) → action (n, size of an action)
 
 
@@ -149,6 +151,8 @@ class HedgingEnv(MarketEnv):
         spot: initial spot, currency.
         cost_rate: proportional cost per unit of currency traded (1e-3 = 10 bp).
         risk_aversion: weight of ½ΔW², 1/currency.
+        trader_view: what is observed of the volatility is what a trader sees, not the state of the model; see
+            `trader_parts`.
         device, dtype: where and in what precision everything lives.
 
     Action (n, 2), see `action_bounds`: a no-trade band around the hedge of the book's Black–Scholes delta, its offset
@@ -188,6 +192,7 @@ class HedgingEnv(MarketEnv):
         spot: float = 100.0,
         cost_rate: float = 1e-3,
         risk_aversion: float = 1.0,
+        trader_view: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
@@ -203,6 +208,7 @@ class HedgingEnv(MarketEnv):
         self.cost_rate = float(cost_rate)
         self.risk_aversion = float(risk_aversion)
         self.client_spread = client_spread
+        self.trader_view = trader_view
         self.device = torch.device(device)
         self.dtype = dtype
         self.order_law = OrderLaw(arrival_rate, mean_order_size, self.device, dtype)
@@ -263,9 +269,10 @@ class HedgingEnv(MarketEnv):
 
         "next step's share" is dt/τ with τ the time to the next expiry: the best policy changes sharply just before it.
         "moneyness" is ln(S/K)/(σ√τ) of the middle strike at the next expiry, "log-volatility" is ln(√v/20 %), and
-        "book delta's step sd" is the standard deviation of the book's delta over the next step, Γ S √(v dt). The book's
-        delta, its sd and the net delta are over `book_scale`, its vega also over S₀√T, the position in every option
-        over its `position_scale`.
+        "book delta's step sd" is the standard deviation of the book's delta over the next step, Γ S √(v dt). In a
+        trader's view √v is the volatility that options of the next expiry are marked at. The book's delta, its sd and
+        the net delta are over `book_scale`, its vega also over S₀√T, the position in every option over its
+        `position_scale`.
         """
 
         def path(values: Callable[[HedgingEnv], Tensor], unit: float = 1.0) -> Part:
@@ -283,6 +290,22 @@ class HedgingEnv(MarketEnv):
             "book vega": path(lambda env: env.vega / env.vega_scale, book),
             "net delta": Part(1, lambda env: ((env.holding + env.delta[env.t]) / env.book_scale)[:, None], book),
             "positions": Part(self.num_options, lambda env: env.position_features, self.position_scale, over_time=True),
+            **(self.trader_parts(path) if self.trader_view else {}),
+        }
+
+    @staticmethod
+    def trader_parts(path: Callable[..., Part]) -> dict[str, Part]:
+        """What a trader has seen of the market lately, from which the model can be guessed.
+
+        "realised volatility" is the logarithm of the recent one, over the implied one. "leverage" is the slope of the
+        implied volatility on ln S. "hedged P&L" is the logarithm of the root mean square of what the book has earned
+        with Black–Scholes delta hedging, over what its gamma would earn if returns were normal with the implied
+        volatility: 0 in gbm. See `_set_recent`.
+        """
+        return {
+            "realised volatility": path(lambda env: env.realised_volatility),
+            "leverage": path(lambda env: env.leverage),
+            "hedged P&L": path(lambda env: env.hedged_pnl),
         }
 
     def action_bounds(self) -> dict[str, tuple[float, float]]:
@@ -363,12 +386,41 @@ class HedgingEnv(MarketEnv):
         """What is observed and takes more than a division."""
         dt = self.dynamics.dt
         next_steps = self.steps_to_next_expiry[:, None]
-        remaining_sd = (self.dynamics.expected_average_variance(self.variance, next_steps) * next_steps * dt).sqrt()
+        implied_variance = self.dynamics.expected_average_variance(self.variance, next_steps)
         log_moneyness = black_scholes.log_ratio(self.spot, torch.full_like(self.spot, self.middle_strike))
-        self.moneyness = log_moneyness / remaining_sd
-        self.log_volatility = 0.5 * torch.log(self.variance / REFERENCE_VOLATILITY**2)
-        self.delta_sd = self.gamma * self.spot * (self.variance * dt).sqrt()
+        self.moneyness = log_moneyness / (implied_variance * next_steps * dt).sqrt()
+        seen_variance = implied_variance if self.trader_view else self.variance
+        self.log_volatility = 0.5 * torch.log(seen_variance / REFERENCE_VOLATILITY**2)
+        self.delta_sd = self.gamma * self.spot * (seen_variance * dt).sqrt()
         self.position_features = self.position / self.position_scale
+        if self.trader_view:
+            self._set_recent(implied_variance)
+
+    def _set_recent(self, implied_variance: Tensor) -> None:
+        """What `trader_parts` are made of: moving averages over the last `RECENT` steps or so, which start at what the
+        implied variance (num_steps + 1, n) says."""
+        dt = self.dynamics.dt
+        keep = 1.0 - 1.0 / RECENT
+        ages = self.times[:, None] - 1.0 - self.times[:-1]  # (num_steps + 1, num_steps) of what has happened
+        weights = torch.where(ages >= 0, (1.0 - keep) * keep ** ages.clamp(min=0), 0.0)
+        at_start = keep ** self.times[:, None]
+        returns = self.spot.log().diff(dim=0)
+        realised = at_start * implied_variance[0] + weights @ (returns.square() / dt)
+        self.realised_volatility = 0.5 * torch.log(realised / implied_variance)
+        together = weights @ (returns * implied_variance.sqrt().diff(dim=0)) / dt
+        self.leverage = (together / realised).clamp(-5, 5)
+        # What gamma earns in a step is ½Γ(ΔS² − S²σ²dt), of variance ½(ΓS²σ²dt)²
+        from_gamma = 0.5 * (self.gamma * self.spot.square() * implied_variance * dt).square()[:-1]
+        small = (1e-3 * self.book_scale) ** 2
+        earned = at_start * from_gamma[0] + weights @ self.hedged_change.square()
+        expected = at_start * from_gamma[0] + weights @ from_gamma
+        self.hedged_pnl = (0.5 * torch.log((earned + small) / (expected + small))).clamp(-5, 5)
+
+    def forget(self) -> None:
+        """In a trader's view, puts what has been seen lately where it is when an episode starts, at all times."""
+        for recent in (self.realised_volatility, self.leverage, self.hedged_pnl):
+            recent.zero_()
+        self._join_parts()
 
     def replay(self) -> tuple[Tensor, dict]:
         """Starts the same episodes again: no shares, the initial book bought at its mark, the first orders filled."""
@@ -378,33 +430,49 @@ class HedgingEnv(MarketEnv):
         self.holdings = []  # shares held after it
         return self.observe(), {}
 
-    def _variance(self, observation: Tensor) -> Tensor:
-        """Variance (n,) of an observation."""
+    def _seen_variance(self, observation: Tensor) -> Tensor:
+        """The variance (n,) that an observation has: the model's, or in a trader's view the implied one."""
         return (REFERENCE_VOLATILITY * torch.exp(self.column(observation, "log-volatility"))) ** 2
+
+    def _next_steps(self, observation: Tensor) -> Tensor:
+        """Steps (n,) to the next expiry."""
+        return torch.round(self.column(observation, "next step's share").reciprocal())
+
+    def _variance(self, observation: Tensor) -> Tensor:
+        """The model's variance (n,) of an observation."""
+        seen = self._seen_variance(observation)
+        if not self.trader_view:
+            return seen
+        steps = self._next_steps(observation)  # the implied variance is affine in the model's
+        at_zero = self.dynamics.expected_average_variance(torch.zeros_like(seen), steps)
+        slope = self.dynamics.expected_average_variance(torch.ones_like(seen), steps) - at_zero
+        return ((seen - at_zero) / slope).clamp(min=MIN_VARIANCE)
 
     def _spot(self, observation: Tensor) -> Tensor:
         """Spot (n,) of an observation."""
-        next_steps = torch.round(self.column(observation, "next step's share").reciprocal())
-        average = self.dynamics.expected_average_variance(self._variance(observation), next_steps)
+        next_steps = self._next_steps(observation)
+        average = self._seen_variance(observation)
+        if not self.trader_view:
+            average = self.dynamics.expected_average_variance(average, next_steps)
         remaining_sd = (average * next_steps * self.dynamics.dt).sqrt()
         return self.middle_strike * torch.exp(self.column(observation, "moneyness") * remaining_sd)
 
     def decode(self, observation: Tensor) -> HedgingState:
-        """Observation (n, size) → its natural units."""
+        """Observation (…, n, size) → its natural units."""
         step = torch.round((1.0 - self.column(observation, "time left")) * self.num_steps)
         spot = self._spot(observation)
         variance = self._variance(observation)
         delta = self.column(observation, "book delta")
         delta_sd = self.book_scale * self.column(observation, "book delta's step sd")
-        steps_left = (self.expiry - step[:, None]).clamp(min=0)
+        steps_left = (self.expiry - step[..., None]).clamp(min=0)
         return HedgingState(
             step=step.long(),
             spot=spot,
             variance=variance,
             delta=self.book_scale * delta,
-            gamma=delta_sd / (spot * (variance * self.dynamics.dt).sqrt()),
+            gamma=delta_sd / (spot * (self._seen_variance(observation) * self.dynamics.dt).sqrt()),
             holding=self.book_scale * (self.column(observation, "net delta") - delta),
-            position=self.position_scale * observation[:, self.columns["positions"]],
+            position=self.position_scale * observation[..., self.columns["positions"]],
             volatility=self.smile.volatility(step, spot / self.initial_spot, variance),
             time_to_expiry=steps_left * self.dynamics.dt,
         )

@@ -410,6 +410,9 @@ def test_every_table_stands_in_its_document(table):
     if table.name == "phase3-levels":
         assert first_cells(block)[2:] == list(reproduce.LEVELS.values())
         return
+    if table.name in ("phase1-mixture", "phase2-mixture"):
+        assert first_cells(block)[2:] == list(reproduce.MIXED)
+        return
     written = table.write(lambda name: [Anything(made={"seed": 1})], "")
     assert first_cells(block) == first_cells(written)
 
@@ -452,3 +455,15 @@ def test_experiments_need_only_experiments_before_them():
     used = {name for table in reproduce.TABLES for name in table.experiments}
     needed = {name for experiment in reproduce.EXPERIMENTS for name in experiment.needs}
     assert used | needed == set(names)
+
+
+def test_an_agent_of_many_markets_is_measured_beside_the_specialists():
+    def run(gain: float, over_band: float) -> dict:
+        advantages = {reproduce.BS: gain, reproduce.WW: over_band + 0.1, reproduce.BAND: over_band, "no band": -9.0}
+        return {"advantages": {k: reproduce.Interval(x, x - 0.02, x + 0.02) for k, x in advantages.items()}}
+
+    contents = {"many-in-gbm": [run(0.9, 0.3), run(0.95, 0.2)], "gbm": [run(1.0, 0.5), run(2.0, 0.5)]}
+    text = reproduce.carried_over("many", {"gbm": "gbm"})(contents.__getitem__, "")
+    row = text.splitlines()[-1]
+    assert row.startswith("| gbm | +0.900 to +0.950 [+0.880, +0.970] | +1.000 [+0.980, +1.020] | 90 to 95 % |")
+    assert row.endswith("| +0.200 to +0.300 [+0.180, +0.320] |")
