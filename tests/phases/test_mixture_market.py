@@ -15,7 +15,10 @@ def test_an_agent_of_many_models_is_evaluated_in_one(name, tmp_path, monkeypatch
     phase = PHASES[name]
     monkeypatch.chdir(tmp_path)
     phase.module.main(phase.flags(iterations=4, num_evaluations=1, dynamics="mixture"))
-    assert "BENCHMARK" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "min-variance band, tuned" in printed
+    assert "beats constant band, tuned" in printed
+    assert "beats min-variance" not in printed  # it knows the model of every row
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "args.json").read_text())["trader_view"]
     assert not (folder / "no_trade_bands.png").exists()  # every row has its own
