@@ -144,7 +144,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """gradients are clipped to this norm"""
     reward_scale: float = 0.2
     """the training reward is multiplied by this, so that values are of order one"""
-    average: float = 0.35
+    average: float = 0.25
     """share of the run over which a moving average of the agent's weights reaches back; it is what is benchmarked"""
 
     # The benchmark
@@ -197,8 +197,8 @@ def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device
 class Agent(nn.Module):
     """Gaussian policy and value function, two tanh layers each; the environment's action is `to_quote` of the raw one.
 
-    The raw action is half-spread, skew, target delta and band, and a tilt and a width for each option. At zero it is a
-    maker with one constant half-spread, the same for all options, who neither skews nor tilts its quotes and hedges the
+    The raw action is half-spread, skew, target delta and band, and what is added to every ask and every bid. At zero
+    it is a maker with one constant half-spread, the same for all options, who does not skew its quotes and hedges the
     Black–Scholes delta within a constant band. `imitate` makes a classical maker of it.
     """
 
@@ -206,7 +206,7 @@ class Agent(nn.Module):
         super().__init__()
         size = market.maker_observation_space.shape[0]
         self.options = options = market.num_options
-        self.parts = (4, options, options)  # of the raw action: common numbers, tilts, widths
+        self.parts = (4, options, options)  # of the raw action: common numbers, asks, bids
         self.network = ActorCritic(size, sum(self.parts), HIDDEN)
         self.actor_logstd = nn.Parameter(torch.full((sum(self.parts),), -0.5))
         self.choice = (market.choice_sensitivity, market.reference_edge)
@@ -287,21 +287,28 @@ class Agent(nn.Module):
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
-        common, tilt, width = raw_action.clamp(-5, 5).split(self.parts, -1)
+        common, ask, bid = raw_action.clamp(-5, 5).split(self.parts, -1)
         # The level of all half-spreads is what self-play has to find: a large factor, so that it is found faster
-        half_spreads = self.half_spread * (1.2 * common[:, :1] + 0.5 * width).exp()
-        up = common[:, 1:2] + tilt  # of asks and bids, vol points
+        half_spread = self.half_spread * (1.2 * common[:, :1]).exp()
+        up = common[:, 1:2]  # of asks and bids, vol points
+        ask = half_spread + up + ask
+        bid = half_spread - up + bid
+        excess = 0.5 * (ask + bid).clamp(max=0)  # quotes that would cross meet in the middle
+        ask = ask - excess
+        bid = torch.maximum(bid - excess, -ask)
         target = 0.4 * common[:, 2:3]
         band = self.band * common[:, 3:4].exp()
-        return torch.cat((half_spreads + up, half_spreads - up, target, band), -1)
+        return torch.cat((ask, bid, target, band), -1)
 
     def logprob(self, noise: Tensor) -> Tensor:
-        """Log-probability (…) of the raw action that lies `noise` (…, actions) standard deviations from the mean."""
-        log_density = -0.5 * noise.square().sum(-1)
-        return log_density - (self.actor_logstd + 0.5 * math.log(2 * math.pi)).sum()
+        """Log-probabilities (…, 1 + quotes) of the raw action that lies `noise` (…, actions) standard deviations from
+        the mean: of the common numbers together, and of what is added to each quote."""
+        log_density = -0.5 * noise.square() - (self.actor_logstd + 0.5 * math.log(2 * math.pi))
+        common, quotes = log_density.tensor_split([self.parts[0]], -1)
+        return torch.cat((common.sum(-1, keepdim=True), quotes), -1)
 
     def evaluate_actions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised observations and raw actions → log-probabilities (n,), entropy (), values (n,)."""
+        """Normalised observations and raw actions → log-probabilities (n, 1 + quotes), entropy (), values (n,)."""
         mean, value = self.network(observation)
         logprob = self.logprob((action - mean) * torch.exp(-self.actor_logstd))
         entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.actor_logstd).sum()
@@ -458,8 +465,8 @@ class Batch(NamedTuple):
 
     observations: Tensor  # normalised
     actions: Tensor  # raw
-    logprobs: Tensor
-    advantages: Tensor
+    logprobs: Tensor  # (n, 1 + quotes)
+    advantages: Tensor  # (n, 1), or with a discount factor of 0 (n, 1 + quotes), see `rollout`
     returns: Tensor
 
 
@@ -507,6 +514,8 @@ def rollout(market: QuotingEnv, agent: Agent, opponent, args: Args, generator: t
     lead = ((rewards.sum(-1) - earned) / (num_makers - 1) - earned).sum(0)
     rewards = args.reward_scale * earned
     values = agent.network.critic(observations.flatten(0, 1)).view_as(rewards)
+    if args.gamma == 0:
+        values = torch.zeros_like(values)  # the mean of the copies, below, is the better baseline then
     advantages = rewards - values  # the errors of one step, before they are added up
     advantages[:-1] += args.gamma * values[1:]
     for t in reversed(range(market.num_steps - 1)):
@@ -515,6 +524,12 @@ def rollout(market: QuotingEnv, agent: Agent, opponent, args: Args, generator: t
     # Copies of a market differ in their exploration (and in the seat): their mean advantage is luck, and is taken off
     luck = advantages.unflatten(1, (-1, args.copies)).mean(-1) if args.copies > 1 else torch.zeros_like(advantages)
     advantages = advantages - luck.repeat_interleave(args.copies, 1)
+    advantages = advantages[..., None]
+    if args.gamma == 0:  # of a step alone a quote is credited with what it earns itself, and not with the others' part
+        incomes = args.reward_scale * market.expected_incomes().flatten(1, 2)[:, own].flatten(2)
+        incomes = incomes - incomes.unflatten(1, (-1, args.copies)).mean(2).repeat_interleave(args.copies, 1)
+        others = incomes.sum(-1, keepdim=True) - incomes
+        advantages = torch.cat((advantages, advantages - others), -1)
     columns = (observations, actions, agent.logprob(noise), advantages, returns)
     return Batch(*(column.flatten(0, 1) for column in columns)), lead
 
@@ -523,12 +538,14 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, tuple[Tens
     """Loss of a minibatch, and what `describe` takes: policy loss, value loss, entropy, logarithms of the ratios."""
     logprobs, entropy, values = agent.evaluate_actions(batch.observations, batch.actions)
     logratio = logprobs - batch.logprobs
+    if args.gamma > 0:  # the action as a whole is credited, see `rollout`
+        logratio = logratio.sum(-1, keepdim=True)
     ratio = logratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
         advantages = standardise(advantages)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).sum(-1).mean()
     value_loss = 0.5 * nn.functional.mse_loss(values, batch.returns)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
     return loss, (policy_loss, value_loss, entropy, logratio)

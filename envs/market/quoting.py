@@ -785,6 +785,14 @@ class QuotingEnv(MarketEnv):
             self._check(actions[None], self.t)
         return super().step(actions)
 
+    def expected_incomes(self) -> Tensor:
+        """What every quote was expected to earn in each step since the start, over all takers who might have come:
+        (steps, n, num_makers, 2, num_options), currency. Their sum is the income less its part of the noise."""
+        now = slice(0, self.t)
+        edges, picked, *_ = self._trades_of(now)
+        earned = edges.mul_(self._table("vega", now)[:, :, None]).sub_(self._table("premium", now))
+        return picked.mul_(earned).mul_(self._table("intensity", now)[:, :, :, None]).movedim(-1, 1)
+
     def _trades_of(self, now: slice) -> Trades:
         """The trades of these steps, (steps, …)."""
         return Trades(*(torch.stack(values) for values in zip(*self.trades[now], strict=True)))

@@ -109,11 +109,11 @@ def average_gradients(module: torch.nn.Module) -> None:
 
 
 def standardise(sample: torch.Tensor) -> torch.Tensor:
-    """`sample` (n,) less its mean, over its standard deviation; both those of all ranks' samples together."""
+    """`sample` (n, …) less its mean over n, over its standard deviation; both those of all ranks' samples together."""
     if world_size() == 1:
-        return (sample - sample.mean()) / (sample.std() + 1e-8)
+        return (sample - sample.mean(0)) / (sample.std(0) + 1e-8)
     n = world_size() * len(sample)
-    mean, square = average(torch.stack((sample.mean(), sample.square().mean())))
+    mean, square = average(torch.stack((sample.mean(0), sample.square().mean(0))))
     return (sample - mean) / (((square - mean**2) * n / (n - 1)).clamp(min=0).sqrt() + 1e-8)
 
 
