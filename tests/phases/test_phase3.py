@@ -107,10 +107,22 @@ def test_actions_reach_the_classical_makers():
             numbers = env.env.by_name(action)
             half_spread = 0.5 * (numbers["ask"] + numbers["bid"]).mean(-1)
             up = 0.5 * (numbers["ask"] - numbers["bid"]).mean(-1)
-            raw = torch.cat((torch.stack((
-                (half_spread / agent.half_spread).log() / 0.6, up,
-                numbers["target"] / 0.4, (numbers["band"] / agent.band).clamp(min=1e-2).log(),
-            ), -1), numbers["ask"] - (half_spread + up)[:, None], numbers["bid"] - (half_spread - up)[:, None]), -1)
+            raw = torch.cat(
+                (
+                    torch.stack(
+                        (
+                            (half_spread / agent.half_spread).log() / 0.6,
+                            up,
+                            numbers["target"] / 0.4,
+                            (numbers["band"] / agent.band).clamp(min=1e-2).log(),
+                        ),
+                        -1,
+                    ),
+                    numbers["ask"] - (half_spread + up)[:, None],
+                    numbers["bid"] - (half_spread - up)[:, None],
+                ),
+                -1,
+            )
             reached.append((raw.abs() <= 5).all(-1))
             quotes = agent.to_quote(observation, raw)[reached[-1], :11]
             torch.testing.assert_close(quotes, action[reached[-1], :11], rtol=1e-3, atol=1e-3)
