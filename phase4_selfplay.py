@@ -49,7 +49,7 @@ HIDDEN = 64  # width of the hidden layers
 IMITATION = 1200  # updates that imitate the classical maker before training
 RIVAL_SCALES = (0.7, 2.0)  # of the middles and of the widths of rivals' quotes in observations, see `Agent.seen`
 CLASSICS_AT_FIRST = 0.4  # of their rows that classical makers have when the run starts; at its end they have all
-MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
+MOST = 10.0  # vol points that a quote may be moved by; quotes further out are imitated as this far out
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
 
@@ -77,8 +77,7 @@ class Args(QuotingArgs, BatchedRunArgs):
 
     Where the answer is known exactly, without risk aversion and cost, from a wide start and a narrow one:
 
-      python phase4_selfplay.py --dynamics gbm --risk-aversion 0 --cost-rate 0 --gamma 0 --start-edge 1.2
-      python phase4_selfplay.py --dynamics gbm --risk-aversion 0 --cost-rate 0 --gamma 0 --start-edge 0.5
+      python benchmarks/selfplay_starts.py --neutral --seeds 1
     """
 
     exp_name: str = Path(__file__).stem
@@ -287,7 +286,8 @@ class Agent(nn.Module):
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
-        common, ask, bid = raw_action.clamp(-5, 5).split(self.parts, -1)
+        common, ask, bid = raw_action.split(self.parts, -1)
+        common, ask, bid = common.clamp(-5, 5), ask.clamp(-MOST, MOST), bid.clamp(-MOST, MOST)
         # The level of all half-spreads is what self-play has to find: a large factor, so that it is found faster
         half_spread = self.half_spread * (1.2 * common[:, :1]).exp()
         up = common[:, 1:2]  # of asks and bids, vol points
