@@ -29,7 +29,7 @@ from envs.run.files import new_folder, read_metrics, write_json
 from envs.run.run import run_main
 
 # Nothing is chance there, so that small exploration and small updates come nearer. A maker that also meets classical
-# ones, whose quotes are far from Nash in heston, and that reacts weakly to its rivals' quotes, ends between the answers.
+# ones, whose quotes are far from Nash in heston, and that reacts weakly to rivals, ends between the answers.
 NEUTRAL = shlex.split(
     "--risk-aversion 0 --cost-rate 0 --gamma 0 --classical-share 0 --min-std 0.05 --episodes 2 --num-minibatches 4 "
     "--average 0.1"
