@@ -38,7 +38,7 @@ PHASE = "phase3"  # a checkpoint is only loaded into the phase that wrote it
 EPISODES = 4096  # played side by side for validation and benchmark
 HIDDEN = 64  # width of the hidden layers
 IMITATION = 1200  # updates that imitate the classical maker before training
-MOST = 10.0  # vol points that a quote may be moved by; quotes further out are imitated as this far out
+MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
 QUICK = {"total_timesteps": 500_000, "num_envs": 256, "eval_episodes": 4096, "num_evaluations": 8}  # set by --quick
 
 
@@ -233,7 +233,8 @@ class Agent(nn.Module):
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
         common, ask, bid = raw_action.split(self.parts, -1)
-        common, ask, bid = common.clamp(-5, 5), ask.clamp(-MOST, MOST), bid.clamp(-MOST, MOST)
+        # Far from the money the fair value may lie 10 vol points off the reference price
+        common, ask, bid = common.clamp(-5, 5), ask.clamp(-10, 10), bid.clamp(-10, 10)
         half_spread = self.half_spread * (0.6 * common[:, :1]).exp()
         up = common[:, 1:2]  # of asks and bids, vol points
         ask = half_spread + up + ask

@@ -49,7 +49,7 @@ HIDDEN = 64  # width of the hidden layers
 IMITATION = 1200  # updates that imitate the classical maker before training
 RIVAL_SCALES = (0.7, 2.0)  # of the middles and of the widths of rivals' quotes in observations, see `Agent.seen`
 CLASSICS_AT_FIRST = 0.4  # of their rows that classical makers have when the run starts; at its end they have all
-MOST = 10.0  # vol points that a quote may be moved by; quotes further out are imitated as this far out
+MOST = 6.0  # vol points: quotes further out are imitated as this far out, where next to nobody trades
 QUICK = {"total_timesteps": 200_000, "eval_episodes": 1024, "num_evaluations": 8}  # the flags that --quick sets
 
 
@@ -287,7 +287,8 @@ class Agent(nn.Module):
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
         common, ask, bid = raw_action.split(self.parts, -1)
-        common, ask, bid = common.clamp(-5, 5), ask.clamp(-MOST, MOST), bid.clamp(-MOST, MOST)
+        # Far from the money the fair value may lie 10 vol points off the reference price
+        common, ask, bid = common.clamp(-5, 5), ask.clamp(-10, 10), bid.clamp(-10, 10)
         # The level of all half-spreads is what self-play has to find: a large factor, so that it is found faster
         half_spread = self.half_spread * (1.2 * common[:, :1]).exp()
         up = common[:, 1:2]  # of asks and bids, vol points
