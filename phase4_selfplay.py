@@ -34,7 +34,7 @@ from envs.market.rivals import in_market
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_options, check_unseen, make_model
 from envs.networks import ActorCritic, Adam, clip_gradients, minibatches
-from envs.run.args import BatchedRunArgs, check_copies, check_ppo, check_range
+from envs.run.args import BatchedRunArgs, check_copies, check_ppo, check_range, saved_args
 from envs.run.errors import check
 from envs.run.files import check_memory, load_checkpoint, load_weights
 from envs.run.ranks import average as average_over_ranks
@@ -143,7 +143,7 @@ class Args(QuotingArgs, BatchedRunArgs):
     """gradients are clipped to this norm"""
     reward_scale: float = 0.2
     """the training reward is multiplied by this, so that values are of order one"""
-    average: float = 0.25
+    average: float = 0.35
     """share of the run over which a moving average of the agent's weights reaches back; it is what is benchmarked"""
 
     # The benchmark
@@ -163,6 +163,11 @@ class Args(QuotingArgs, BatchedRunArgs):
     def steps_per_iteration(self) -> int:
         """Environment steps of all processes in one iteration."""
         return self.episodes * super().steps_per_iteration
+
+    @property
+    def apart(self) -> bool:
+        """Whether quotes are credited apart: where nothing but the step counts."""
+        return self.gamma == 0
 
     @property
     def trains(self) -> bool:
@@ -196,16 +201,19 @@ def make_market(args: Args, model: Dynamics, num_envs: int, device: torch.device
 class Agent(nn.Module):
     """Gaussian policy and value function, two tanh layers each; the environment's action is `to_quote` of the raw one.
 
-    The raw action is half-spread, skew, target delta and band, and what is added to every ask and every bid. At zero
-    it is a maker with one constant half-spread, the same for all options, who does not skew its quotes and hedges the
-    Black–Scholes delta within a constant band. `imitate` makes a classical maker of it.
+    The raw action is half-spread, skew, target delta and band, and a tilt and a width for each option. At zero it is a
+    maker with one constant half-spread, the same for all options, who neither skews nor tilts its quotes and hedges the
+    Black–Scholes delta within a constant band. `imitate` makes a classical maker of it. If quotes are credited `apart`
+    (see `rollout`), each has a number of its own: what is added to every ask and to every bid, in place of tilts and
+    widths.
     """
 
-    def __init__(self, market: QuotingEnv):
+    def __init__(self, market: QuotingEnv, apart: bool = False):
         super().__init__()
+        self.apart = apart
         size = market.maker_observation_space.shape[0]
         self.options = options = market.num_options
-        self.parts = (4, options, options)  # of the raw action: common numbers, asks, bids
+        self.parts = (4, options, options)  # of the raw action: common numbers, tilts, widths
         self.network = ActorCritic(size, sum(self.parts), HIDDEN)
         self.actor_logstd = nn.Parameter(torch.full((sum(self.parts),), -0.5))
         self.choice = (market.choice_sensitivity, market.reference_edge)
@@ -286,30 +294,38 @@ class Agent(nn.Module):
 
     def to_quote(self, observation: Tensor, raw_action: Tensor) -> Tensor:
         """Observation (n, size) and raw action → environment action, its numbers in the order of `action_bounds`."""
-        common, ask, bid = raw_action.split(self.parts, -1)
-        # Far from the money the fair value may lie 10 vol points off the reference price
-        common, ask, bid = common.clamp(-5, 5), ask.clamp(-10, 10), bid.clamp(-10, 10)
+        common, *of_options = raw_action.split(self.parts, -1)
+        common = common.clamp(-5, 5)
         # The level of all half-spreads is what self-play has to find: a large factor, so that it is found faster
-        half_spread = self.half_spread * (1.2 * common[:, :1]).exp()
-        up = common[:, 1:2]  # of asks and bids, vol points
-        ask = half_spread + up + ask
-        bid = half_spread - up + bid
-        excess = 0.5 * (ask + bid).clamp(max=0)  # quotes that would cross meet in the middle
-        ask = ask - excess
-        bid = torch.maximum(bid - excess, -ask)
+        level = 1.2 * common[:, :1]
+        if self.apart:  # far from the money the fair value may lie 10 vol points off the reference price
+            ask, bid = (added.clamp(-10, 10) for added in of_options)
+            half_spread = self.half_spread * level.exp()
+            ask = half_spread + common[:, 1:2] + ask
+            bid = half_spread - common[:, 1:2] + bid
+            excess = 0.5 * (ask + bid).clamp(max=0)  # quotes that would cross meet in the middle
+            ask = ask - excess
+            bid = torch.maximum(bid - excess, -ask)
+        else:
+            tilt, width = (x.clamp(-5, 5) for x in of_options)
+            half_spreads = self.half_spread * (level + 0.5 * width).exp()
+            up = common[:, 1:2] + tilt  # of asks and bids, vol points
+            ask, bid = half_spreads + up, half_spreads - up
         target = 0.4 * common[:, 2:3]
         band = self.band * common[:, 3:4].exp()
         return torch.cat((ask, bid, target, band), -1)
 
     def logprob(self, noise: Tensor) -> Tensor:
-        """Log-probabilities (…, 1 + quotes) of the raw action that lies `noise` (…, actions) standard deviations from
-        the mean: of the common numbers together, and of what is added to each quote."""
+        """Log-probability (…, 1) of the raw action that lies `noise` (…, actions) standard deviations from the mean; of
+        quotes that are credited apart (…, 1 + quotes), of the common numbers together and of every quote's."""
         log_density = -0.5 * noise.square() - (self.actor_logstd + 0.5 * math.log(2 * math.pi))
+        if not self.apart:
+            return log_density.sum(-1, keepdim=True)
         common, quotes = log_density.tensor_split([self.parts[0]], -1)
         return torch.cat((common.sum(-1, keepdim=True), quotes), -1)
 
     def evaluate_actions(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised observations and raw actions → log-probabilities (n, 1 + quotes), entropy (), values (n,)."""
+        """Normalised observations and raw actions → log-probabilities as `logprob`, entropy (), values (n,)."""
         mean, value = self.network(observation)
         logprob = self.logprob((action - mean) * torch.exp(-self.actor_logstd))
         entropy = (0.5 + 0.5 * math.log(2 * math.pi) + self.actor_logstd).sum()
@@ -466,8 +482,8 @@ class Batch(NamedTuple):
 
     observations: Tensor  # normalised
     actions: Tensor  # raw
-    logprobs: Tensor  # (n, 1 + quotes)
-    advantages: Tensor  # (n, 1), or with a discount factor of 0 (n, 1 + quotes), see `rollout`
+    logprobs: Tensor  # (n, 1), or (n, 1 + quotes) if they are credited apart
+    advantages: Tensor  # the same
     returns: Tensor
 
 
@@ -515,7 +531,7 @@ def rollout(market: QuotingEnv, agent: Agent, opponent, args: Args, generator: t
     lead = ((rewards.sum(-1) - earned) / (num_makers - 1) - earned).sum(0)
     rewards = args.reward_scale * earned
     values = agent.network.critic(observations.flatten(0, 1)).view_as(rewards)
-    if args.gamma == 0:
+    if agent.apart:
         values = torch.zeros_like(values)  # the mean of the copies, below, is the better baseline then
     advantages = rewards - values  # the errors of one step, before they are added up
     advantages[:-1] += args.gamma * values[1:]
@@ -526,7 +542,7 @@ def rollout(market: QuotingEnv, agent: Agent, opponent, args: Args, generator: t
     luck = advantages.unflatten(1, (-1, args.copies)).mean(-1) if args.copies > 1 else torch.zeros_like(advantages)
     advantages = advantages - luck.repeat_interleave(args.copies, 1)
     advantages = advantages[..., None]
-    if args.gamma == 0:  # of a step alone a quote is credited with what it earns itself, and not with the others' part
+    if agent.apart:  # where nothing but the step counts, a quote is credited without what the others earn in it
         incomes = args.reward_scale * market.expected_incomes().flatten(1, 2)[:, own].flatten(2)
         incomes = incomes - incomes.unflatten(1, (-1, args.copies)).mean(2).repeat_interleave(args.copies, 1)
         others = incomes.sum(-1, keepdim=True) - incomes
@@ -539,8 +555,6 @@ def ppo_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, tuple[Tens
     """Loss of a minibatch, and what `describe` takes: policy loss, value loss, entropy, logarithms of the ratios."""
     logprobs, entropy, values = agent.evaluate_actions(batch.observations, batch.actions)
     logratio = logprobs - batch.logprobs
-    if args.gamma > 0:  # the action as a whole is credited, see `rollout`
-        logratio = logratio.sum(-1, keepdim=True)
     ratio = logratio.exp()
     advantages = batch.advantages
     if args.norm_adv:
@@ -597,7 +611,7 @@ def anneal(optimizer, args: Args, iteration: int) -> None:
 def starting_agent(run: Run, classic, rivals: list, market: QuotingEnv) -> Agent:
     """The agent before training: an imitation of a classical maker, as it plays against each of `rivals`."""
     args: Args = run.args
-    agent = Agent(market).to(run.device)
+    agent = Agent(market, args.apart).to(run.device)
     observed, acted = agent.fit([against(market.like(512), rival) for rival in rivals], classic)
     same_everywhere = torch.Generator(run.device).manual_seed(args.seed + EXPLORATION_SEED)  # in every process
     agent.imitate(market, observed, acted, same_everywhere)
@@ -729,8 +743,12 @@ def load_guests(run: Run, market: QuotingEnv) -> dict[str, Tensor]:
         return run.load_vectors("guests", len(to_vector(Agent(market))))
     guests = {}
     for source in run.args.guests:
-        guest = Agent(market).to(run.device)
-        load_weights(guest, load_checkpoint(source, PHASE, ["agent"])["agent"], f"--guests {source}")
+        content = load_checkpoint(source, PHASE, ["agent", "args"])
+        own = saved_args(Args, content["args"], f"--guests {source}")
+        fits = own.apart == (run.trained or run.args).apart
+        check(fits, f"--guests {source}: was trained with --gamma {own.gamma:g}, its actions mean something else here")
+        guest = Agent(market, own.apart).to(run.device)
+        load_weights(guest, content["agent"], f"--guests {source}")
         name = f"guest {(Path(source) if os.path.isdir(source) else Path(source).parent).resolve().name}"
         check(name not in guests, f"--guests {source}: another guest has the same name")
         guests[name] = to_vector(guest)
@@ -751,7 +769,7 @@ def main(argv) -> bool:
         check_memory(3 * 4 * rows * size, run.device, flag)  # noise, marks and a copy
     check_memory(1024 * args.eval_episodes, torch.device("cpu"), f"--eval-episodes {args.eval_episodes}")
     market = make_market(args, fitted, args.tuning_episodes, run.device)
-    agent = Agent(market).to(run.device)
+    agent = Agent(market, (run.trained or args).apart).to(run.device)
     kept = args.pool_size + args.lag
     check_memory(8 * kept * len(to_vector(agent)), run.device, f"{kept} past selves (--lag, --pool-size)")
     if args.evaluate is not None:

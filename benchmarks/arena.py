@@ -109,7 +109,8 @@ def market_args(checkpoints: dict[str, dict], flags: str) -> phase4.Args:
 
 def load_agent(source: str, content: dict, market: QuotingEnv) -> Policy:
     """The policy of a checkpoint of phase 3 or 4."""
-    agent = PHASES[content["phase"]].Agent(market)
+    module = PHASES[content["phase"]]
+    agent = module.Agent(market, saved_args(module.Args, content["args"], source).apart)
     load_weights(agent, content["agent"], source)
     return agent.to(market.device).policy
 

@@ -42,7 +42,7 @@ def make(num_envs=64, model=None, **changes):
     rival = formulas.avellaneda_stoikov(market, 0.25, 0.8)
     env = AgainstRivals(market, [rival] * (args.num_makers - 1))
     classic = formulas.minimum_variance_band(market, formulas.glft(market, 1.2, 0.8), 0.15)
-    agent = phase3.Agent(market)
+    agent = phase3.Agent(market, args.apart)
     agent.fit(env.like(256), classic)
     return args, env, agent, classic
 
@@ -71,7 +71,7 @@ def test_training_starts_from_the_classical_maker(monkeypatch):
     observed, acted = agent.fit(env.like(512), known)
     assert 0.5 < agent.half_spread < 3
     assert agent.band == pytest.approx(0.15)
-    neutral = copy.deepcopy(agent)  # one constant half-spread, no skew
+    neutral = copy.deepcopy(agent)  # one constant half-spread, no skew, no tilts
     agent.imitate(env.env, observed, acted, torch.Generator().manual_seed(0))
     env.reset(seed=1)
     policies = (env.rivals[0], neutral.policy, agent.policy, known)
@@ -81,7 +81,7 @@ def test_training_starts_from_the_classical_maker(monkeypatch):
 
 
 def test_a_neutral_start(tmp_path):
-    """One constant half-spread, quotes without skew, and the hedge of Black–Scholes in a band."""
+    """One constant half-spread, quotes that neither skew nor tilt, and the hedge of Black–Scholes in a band."""
     args, env, _, _ = make(start="neutral", total_timesteps=64 * 6)
     market = env.env
     classics = makers.assemble(market, invented(makers.AVELLANEDA_STOIKOV, makers.CONSTANT_SPREAD), "invented")
@@ -105,24 +105,12 @@ def test_actions_reach_the_classical_makers():
         for _ in range(env.num_steps):
             action = policy(observation)
             numbers = env.env.by_name(action)
-            half_spread = 0.5 * (numbers["ask"] + numbers["bid"]).mean(-1)
-            up = 0.5 * (numbers["ask"] - numbers["bid"]).mean(-1)
-            raw = torch.cat(
-                (
-                    torch.stack(
-                        (
-                            (half_spread / agent.half_spread).log() / 0.6,
-                            up,
-                            numbers["target"] / 0.4,
-                            (numbers["band"] / agent.band).clamp(min=1e-2).log(),
-                        ),
-                        -1,
-                    ),
-                    numbers["ask"] - (half_spread + up)[:, None],
-                    numbers["bid"] - (half_spread - up)[:, None],
-                ),
-                -1,
-            )
+            half_spreads, ups = 0.5 * (numbers["ask"] + numbers["bid"]), 0.5 * (numbers["ask"] - numbers["bid"])
+            common = half_spreads.mean(-1), ups.mean(-1)
+            raw = torch.cat((torch.stack((
+                (common[0] / agent.half_spread).log() / 0.6, common[1],
+                numbers["target"] / 0.4, (numbers["band"] / agent.band).clamp(min=1e-2).log(),
+            ), -1), ups - common[1][:, None], (half_spreads / common[0][:, None]).log() / 0.5), -1)  # fmt: skip
             reached.append((raw.abs() <= 5).all(-1))
             quotes = agent.to_quote(observation, raw)[reached[-1], :11]
             torch.testing.assert_close(quotes, action[reached[-1], :11], rtol=1e-3, atol=1e-3)
@@ -132,11 +120,12 @@ def test_actions_reach_the_classical_makers():
         assert torch.cat(reached).double().mean() > least
 
 
-def test_quotes_never_cross_whatever_the_network_says():
-    _, env, agent, _ = make()
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_quotes_never_cross_whatever_the_network_says(gamma):
+    _, env, agent, _ = make(gamma=gamma)
     observation, _ = env.reset(seed=0)
     size = len(agent.actor_logstd)
-    assert size == 4 + 5 + 5  # half-spread, skew, target and band, and what is added to every ask and bid
+    assert size == 4 + 5 + 5  # half-spread, skew, target and band, and a tilt and a width for each option
     wild = 1e9 * torch.randn(64, size, generator=torch.Generator().manual_seed(0))
     for raw in (torch.full((64, size), 1e9), torch.full((64, size), -1e9), wild):
         action = agent.to_quote(observation, raw)
@@ -146,11 +135,30 @@ def test_quotes_never_cross_whatever_the_network_says():
         env.step(action)
 
 
-def test_every_quote_has_a_number_of_its_own():
-    """It moves by it, in vol points, and nothing else changes."""
+def test_tilts_and_widths_are_of_one_option():
+    """A tilt moves one option's quotes up or down, a width spreads them, and nothing else changes."""
     _, env, agent, _ = make()
     observation, _ = env.reset(seed=0)
+    plain = env.env.by_name(agent.to_quote(observation, torch.zeros(64, 14)))
+    for option in (0, 3):
+        for first, same in ((4, "sum"), (9, "difference")):
+            raw = torch.zeros(64, 14)
+            raw[:, first + option] = 1.0
+            numbers = env.env.by_name(agent.to_quote(observation, raw))
+            moved = (numbers["ask"] - plain["ask"], numbers["bid"] - plain["bid"])
+            assert all((x.abs() > 0.05).nonzero()[:, 1].unique().tolist() == [option] for x in moved)
+            unchanged = moved[0] + moved[1] if same == "sum" else moved[0] - moved[1]
+            assert unchanged.abs().max() < 1e-5
+            assert torch.equal(numbers["target"], plain["target"])
+            assert torch.equal(numbers["band"], plain["band"])
+
+
+def test_a_quote_that_is_credited_apart_has_a_number_of_its_own():
+    """It moves by it, in vol points, and nothing else changes."""
+    _, env, agent, _ = make(gamma=0.0)
+    observation, _ = env.reset(seed=0)
     plain = agent.to_quote(observation, torch.zeros(64, 14))
+    torch.testing.assert_close(plain, make()[2].to_quote(observation, torch.zeros(64, 14)))
     for quote in range(10):
         raw = torch.zeros(64, 14)
         raw[:, 4 + quote] = 1.0
@@ -160,7 +168,7 @@ def test_every_quote_has_a_number_of_its_own():
         torch.testing.assert_close(moved, expected)
 
 
-def test_without_a_future_a_quote_is_credited_with_what_it_earns():
+def test_where_only_the_step_counts_a_quote_is_credited_with_what_it_earns():
     """Where nothing is risked and hedging is free, that is all there is to it; where it is not, all that the quotes
     have in common stays with each of them."""
     for changes in ({"risk_aversion": 0.0, "cost_rate": 0.0}, {}):
@@ -176,18 +184,7 @@ def test_without_a_future_a_quote_is_credited_with_what_it_earns():
         torch.testing.assert_close(advantages[..., 0], whole, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(advantages[..., 1:], own + common[..., None], rtol=1e-4, atol=1e-5)
         assert (common.abs().max() < 1e-5) == (args.risk_aversion == 0)
-
-
-def test_with_a_future_the_action_is_credited_as_a_whole():
-    args, env, agent, _ = make(32)
-    batch = phase3.rollout(env, agent, args, torch.Generator().manual_seed(0))
-    assert batch.advantages.shape == (32 * env.num_steps, 1)
-    moved = batch._replace(logprobs=batch.logprobs + 0.01 * torch.randn(11))  # sums alone matter
-    same = batch._replace(logprobs=batch.logprobs + torch.zeros(11))
-    same.logprobs[:, 3] += (moved.logprobs - batch.logprobs).sum(-1)
-    args.clip_coef = 1.0
-    losses = [phase3.ppo_loss(agent, x, args)[1][0] for x in (moved, same)]
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+        assert batch.logprobs.shape == batch.advantages.shape
 
 
 def test_learns_from_the_reward_less_its_noise():
@@ -243,15 +240,18 @@ def test_the_average_is_what_is_kept(tmp_path):
     assert (saved["learner"]["actor_logstd"].exp() >= 0.6 - 1e-6).all()
 
 
-def test_logprob_is_gaussian():
-    _, env, agent, _ = make()
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_logprob_is_gaussian(gamma):
+    _, env, agent, _ = make(gamma=gamma)
     observation, _ = env.reset(seed=0)
     observation, noise = agent.normalise(observation), torch.randn(64, 14)
     normal = torch.distributions.Normal(agent.network.actor(observation), agent.actor_logstd.exp())
     action = normal.mean + normal.stddev * noise
     logprob = agent.logprob(noise)
     of_number = normal.log_prob(action)
-    expected = torch.cat((of_number[:, :4].sum(-1, keepdim=True), of_number[:, 4:]), -1)
+    expected = of_number.sum(-1, keepdim=True)
+    if agent.apart:
+        expected = torch.cat((of_number[:, :4].sum(-1, keepdim=True), of_number[:, 4:]), -1)
     torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
     again, entropy, same = agent.evaluate_actions(observation, action)
     torch.testing.assert_close(again, logprob, rtol=1e-4, atol=1e-4)

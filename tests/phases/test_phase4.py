@@ -32,7 +32,7 @@ def make(num_envs=12, **changes):
     market = phase4.make_market(args, make_model(args, dt=0.5 / TRADING_DAYS), 64, CPU)
     classics = makers.assemble(market, invented(*CLASSICS), "invented")
     torch.manual_seed(args.seed)
-    agent = phase4.Agent(market)
+    agent = phase4.Agent(market, args.apart)
     agent.fit([classics.env.like(64)], classics.policies[makers.BELIEVER_BAND])
     return args, classics, agent
 
@@ -237,6 +237,8 @@ def test_guests_join_cross_play_and_pool(quick, tmp_path, monkeypatch, capsys):
     flags = PHASE.flags(iterations=4, eval_episodes=64, opponent="pool", seed=2, start_edge=1.1)
     phase4.main([*flags, "--guests", str(first), "--no-exploitability"])
     newest = max(tmp_path.glob("runs/*"), key=lambda path: path.stat().st_mtime)
+    with pytest.raises(UsageError, match="was trained with --gamma 1, its actions mean something else"):
+        phase4.main([*flags, "--guests", str(first), "--gamma", "0"])
     first.rename(tmp_path / "moved")  # the run knows its guests without their files
     phase4.main(["--resume", str(newest)])
     phase4.main(["--evaluate", str(newest), "--no-exploitability", "--cost-rate", "1e-3"])
