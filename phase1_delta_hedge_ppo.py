@@ -55,6 +55,7 @@ class Args(HedgingArgs, BatchedRunArgs):
     Train on the S&P 500 until 2010, then hedge the real one of 2011 to 2018:
 
       python phase1_delta_hedge_ppo.py --dynamics garch --history-end 2010-12-31
+      python phase1_delta_hedge_ppo.py --dynamics bootstrap --history-end 2010-12-31
       python phase1_delta_hedge_ppo.py --evaluate runs/NAME --dynamics historical
       torchrun --nproc-per-node 2 phase1_delta_hedge_ppo.py    data-parallel; --num-envs is each process's
     """
@@ -63,6 +64,10 @@ class Args(HedgingArgs, BatchedRunArgs):
     """name of the experiment, part of the run's name"""
 
     # The market
+    dynamics: str = "gbm"
+    """model of the underlying: gbm, garch, heston, merton, marlvol; mixture, where the environments have the first four
+    in turn, with parameters of their own; bootstrap, windows of the real closes until --history-end at random;
+    historical, all windows after it, with --evaluate only"""
     num_steps: int = 30
     """trading days to expiry: the length of an episode and of a rollout"""
     cost_rate: float = 1e-3
@@ -103,6 +108,11 @@ class Args(HedgingArgs, BatchedRunArgs):
     # The benchmark
     eval_episodes: int = 65_536
     """episodes of the final benchmark (with historical: all the windows there are)"""
+
+    @property
+    def models(self) -> list[str]:
+        """What --dynamics may be. The reward of the other phases has the model's moments in it, not the closes'."""
+        return [*super().models, "bootstrap"]
 
     def check(self) -> None:
         """Raises UsageError for the first argument that cannot work."""

@@ -92,6 +92,7 @@ THROUGHPUT = "benchmarks/throughput.py"
 NEUTRAL = "--risk-aversion 0 --cost-rate 0"
 SURFACE = "--moneyness -1 -0.5 0 0.5 1 --expiries 60 90 120 180"
 UNTIL_2010 = "--dynamics garch --history-end 2010-12-31"
+BOOTSTRAP = "--dynamics bootstrap --history-end 2010-12-31"
 IN_MARLVOL = "--dynamics marlvol --marlvol-checkpoint {phase0:first}"
 MIXED = ("gbm", "heston", "garch", "merton")  # the models of a mixture
 
@@ -127,6 +128,13 @@ EXPERIMENTS = (
     *evaluated_in(PHASE1, "phase1-mixture"),
     Experiment("phase1-until-2010", PHASE1, UNTIL_2010, 2),
     Experiment("phase1-historical", PHASE1, "--evaluate {phase1-until-2010} --dynamics historical", 0.5),
+    Experiment("phase1-bootstrap", PHASE1, BOOTSTRAP, 2),
+    Experiment("phase1-bootstrap-historical", PHASE1, "--evaluate {phase1-bootstrap} --dynamics historical", 0.5),
+    Experiment("phase1-nasdaq", PHASE1, f"--history nasdaq {UNTIL_2010}", 2),
+    Experiment("phase1-nasdaq-historical", PHASE1, "--evaluate {phase1-nasdaq} --dynamics historical", 0.5),
+    Experiment("phase1-nasdaq-bootstrap", PHASE1, f"--history nasdaq {BOOTSTRAP}", 2),
+    Experiment("phase1-nasdaq-bootstrap-historical", PHASE1,
+               "--evaluate {phase1-nasdaq-bootstrap} --dynamics historical", 0.5),
     Experiment("phase2", PHASE2, "", 2.5, 10),
     Experiment("phase2-one-strike", PHASE2,
                "--num-strikes 1 --expiries 30 --arrival-rate 0.25 --mean-order-size 1", 2.5),
@@ -749,6 +757,8 @@ TABLES = (
           carried_over("phase1-mixture", {x: f"phase1-{x}" for x in MIXED})),
     Table("phase1-mixture-historical", DOC1, ("phase1-mixture", "phase1-mixture-in-historical"),
           by_seed(("phase1-mixture-in-historical", HISTORICAL))),
+    *(Table(f"{name}-historical", DOC1, (name, f"{name}-historical"), by_seed((f"{name}-historical", HISTORICAL)))
+      for name in ("phase1-bootstrap", "phase1-nasdaq", "phase1-nasdaq-bootstrap")),
     Table("phase2-book", DOC2, ("phase2",), by_seed(("phase2", HEDGE_BOOK)), {"book_episode": "phase2_book_episode"}),
     Table("phase2-one-strike", DOC2, ("phase2-one-strike",),
           by_seed(("phase2-one-strike", (HEDGE_GBM[0], *HEDGE_BOOK))), {"no_trade_bands": "phase2_no_trade_bands"}),

@@ -14,7 +14,7 @@ from envs.calibration.marlvol import Marlvol
 from envs.market import smiles
 from envs.market.dynamics import GARCH, GBM, Dynamics, Heston, Merton
 from envs.market.hedging import Option
-from envs.market.history import Historical, fit_garch, load_closes
+from envs.market.history import Bootstrapped, Historical, fit_garch, load_closes
 from envs.market.mixture import Mixture, mixed_models
 from envs.market.quoting import moneyness_grid
 from envs.market.units import TRADING_DAYS
@@ -24,6 +24,7 @@ from envs.run.files import load_checkpoint
 
 MOST_DAYS = 504  # trading days to the last maturity of a calibrated smile
 MOST_STEPS_PER_DAY = 8  # of the calibration game
+FITTED = ("garch", "bootstrap")  # trained on closes
 NAMES = ("gbm", "garch", "heston", "merton", "marlvol", "historical")
 
 
@@ -36,7 +37,7 @@ class ModelArgs:
     volatility: float = 0.2
     """annualised volatility of gbm, a decimal"""
     history: str | None = None
-    """CSV with columns date and close for garch and historical; the S&P 500 of 1999–2018 by default"""
+    """CSV with columns date and close for garch and historical, or nasdaq; the S&P 500 of 1999–2018 by default"""
     history_end: str | None = None
     """YYYY-MM-DD: garch is fitted on closes up to this day, historical replays the closes after it"""
     marlvol_checkpoint: str | None = None
@@ -57,7 +58,7 @@ class ModelArgs:
         named = self.marlvol_checkpoint is not None
         check(named or not calibrated, "--dynamics marlvol needs --marlvol-checkpoint, a run of phase 0")
         check(calibrated or not named or self.evaluate, "--marlvol-checkpoint needs --dynamics marlvol")
-        fitted = self.dynamics == "garch" or self.evaluate
+        fitted = self.dynamics in FITTED or self.evaluate
         check(fitted or not (self.history or self.history_end), "--history and --history-end need --dynamics garch")
         day_of(self.history_end)
         check_range(self, 1, 2520, "num_steps")
@@ -317,13 +318,14 @@ def _make_model(args: ModelArgs, dt: float) -> Dynamics:
         return Mixture(mixed_models(dt))
     if args.dynamics == "marlvol":
         return load_market(args.marlvol_checkpoint, dt)
-    if args.dynamics not in ("garch", "historical"):
+    if args.dynamics not in (*FITTED, "historical"):
         raise ValueError(f"unknown dynamics {args.dynamics!r} (one of {', '.join(NAMES)})")
-    return _model_of_closes(args.history, day_of(args.history_end), args.num_steps, args.dynamics == "historical")
+    return _model_of_closes(args.history, day_of(args.history_end), args.num_steps, args.dynamics)
 
 
-def _model_of_closes(path: str | None, last: date, num_steps: int, replay: bool) -> GARCH | Historical:
-    """garch fitted to the closes up to the day `last`, or with `replay` the closes after it.
+def _model_of_closes(path: str | None, last: date, num_steps: int, name: str) -> GARCH | Bootstrapped | Historical:
+    """garch fitted to the closes up to the day `last`; windows of these closes (bootstrap), or of those after it
+    (historical).
 
     Raises:
         ValueError: unusable data, or fewer than twelve episodes to replay: no interval means anything then.
@@ -337,8 +339,14 @@ def _model_of_closes(path: str | None, last: date, num_steps: int, replay: bool)
         until = "" if last == date.max else f" until {last}"
         hint = "try other --history or --history-end, or --dynamics heston"
         raise ValueError(f"closes of {source}{until}: {error}; {hint}") from None
-    if not replay:
+    if name == "garch":
         return garch
+    if name == "bootstrap":
+        before = int(in_sample.sum())  # enough for garch, but perhaps not for these episodes
+        if before < 12 * num_steps:
+            allowed = f"at least {12 * num_steps}, twelve episodes"
+            raise ValueError(f"bootstrap draws from the closes until --history-end: there are {before} ({allowed})")
+        return Bootstrapped(closes[in_sample], garch, dates=dates[in_sample], source=source)
     after = int((~in_sample).sum())
     if after < 12 * num_steps:  # six blocks of the bootstrap around its mean
         allowed = f"at least {12 * num_steps}, twelve episodes"
@@ -389,7 +397,7 @@ def check_options(args: QuotingArgs, trained: QuotingArgs) -> None:
 
 def check_unseen(args: ModelArgs, trained: ModelArgs) -> None:
     """Raises `UsageError` if an agent would be evaluated on real closes that it was trained on."""
-    if args.dynamics == "historical" and trained.dynamics == "garch":
+    if args.dynamics == "historical" and trained.dynamics in FITTED:
         seen = trained.history_end
         known = seen is not None and trained.history == args.history
         apart = known and day_of(seen) <= day_of(args.history_end)

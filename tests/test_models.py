@@ -117,6 +117,17 @@ def test_flags_that_cannot_work(changes, message):
     Args().check()
 
 
+def test_real_closes_are_drawn_in_phase_1_alone():
+    PHASES["phase1"].args(dynamics="bootstrap", history_end="2010-12-31").check()
+    for name in ("phase2", "phase3", "phase4"):
+        with pytest.raises(UsageError, match="--dynamics is 'bootstrap'"):
+            PHASES[name].args(dynamics="bootstrap").check()
+    with pytest.raises(
+        UsageError, match=r"closes until --history-end: there are 504 \(at least 1200, twelve episodes\)"
+    ):
+        make_model(PHASES["phase1"].args(dynamics="bootstrap", history_end="2000-12-29", num_steps=100))
+
+
 def test_an_evaluation_may_name_any_market():
     for changes in ({"dynamics": "historical"}, {"marlvol_checkpoint": "x"}, {"history_end": "2010-12-31"}):
         Args(evaluate="runs/x", **changes).check()

@@ -8,21 +8,23 @@ from datetime import date
 import numpy as np
 import torch
 from arch import arch_model
-from arch.data import sp500
+from arch.data import nasdaq, sp500
 
+from envs.market.black_scholes import normal_cdf
 from envs.market.dynamics import GARCH, Dynamics
 from envs.market.units import TRADING_DAYS
 
+Tensor = torch.Tensor
 
-class Historical(Dynamics):
-    """Windows of real closes, for out-of-sample evaluation; variance filtered by a GARCH model fitted elsewhere.
 
-    Path i is the window that starts at close i (modulo the number of windows): the noise is ignored. The simple returns
-    of the period are divided by their mean growth, so that no drift is earned. Each window is rescaled to the initial
-    spot. The variance of day t uses returns before t only.
+class Windows(Dynamics):
+    """Windows of real closes; variance filtered by a GARCH model.
+
+    The simple returns of the period are divided by their mean growth, so that no drift is earned. Each window is
+    rescaled to the initial spot. The variance of day t uses returns before t only.
 
     Args:
-        closes: (n,) consecutive daily closes of the evaluation period.
+        closes: (n,) consecutive daily closes.
         garch: the model whose filter gives the variance.
         warm_up: (m,) closes before the period, on which the filter is run in (may be empty).
         dates: (n,) dates of `closes`, for reporting.
@@ -59,11 +61,13 @@ class Historical(Dynamics):
         """Number of overlapping windows of `num_steps` returns."""
         return len(self.log_returns) - num_steps + 1
 
-    follows_row_numbers = True
+    def starts(self, noise: Tensor) -> Tensor:
+        """Noise (n, num_steps, noise_size) → the close (n,) that each path starts at."""
+        raise NotImplementedError
 
     def simulate(self, noise, spot=100.0):
-        num_paths, num_steps = noise.shape[:2]
-        start = torch.arange(num_paths) % self.num_windows(num_steps)
+        num_steps = noise.shape[1]
+        start = self.starts(noise)
         index = start[:, None] + torch.arange(num_steps + 1)
         cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), self.log_returns.cumsum(0)])
         log_spot = math.log(spot) + cumulative[index] - cumulative[start][:, None]
@@ -82,19 +86,42 @@ class Historical(Dynamics):
         return self.garch.return_variance(variance)
 
 
+class Historical(Windows):
+    """All windows of real closes, for out-of-sample evaluation: path i is the window that starts at close i (modulo the
+    number of windows), and the noise is ignored."""
+
+    follows_row_numbers = True
+
+    def starts(self, noise):
+        return torch.arange(len(noise)) % self.num_windows(noise.shape[1])
+
+
+class Bootstrapped(Windows):
+    """Windows of real closes drawn at random, to train on: the moving block bootstrap (Künsch 1989) with blocks as long
+    as an episode, so that all that real returns do within one is kept."""
+
+    def starts(self, noise):
+        windows = self.num_windows(noise.shape[1])
+        uniform = normal_cdf(noise[:, 0, 0].double()).cpu()
+        return (uniform * windows).long().clamp(max=windows - 1)
+
+
+SHIPPED = {None: sp500, "nasdaq": nasdaq}
+
+
 def load_closes(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Daily closes, oldest first: (dates as datetime64[D], closes), both (n,).
 
     Args:
-        path: CSV with a header and the columns `date` (YYYY-MM-DD) and `close` (any case); None for the S&P 500 that
-            the package `arch` ships, 1999-01-04 to 2018-12-31.
+        path: CSV with a header and the columns `date` (YYYY-MM-DD) and `close` (any case); or None for the S&P 500, and
+            "nasdaq" for the Nasdaq Composite, which the package `arch` ships, 1999-01-04 to 2018-12-31.
 
     Raises:
         ValueError: naming file and line, for a missing column, a date that is malformed, out of order or more than 14
             days after the one before it, or a close that is not a positive finite number.
     """
-    if path is None:
-        frame = sp500.load()
+    if path in SHIPPED:
+        frame = SHIPPED[path].load()
         return frame.index.values.astype("datetime64[D]"), frame["Adj Close"].to_numpy(dtype=np.float64)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from common import PHASES
 
+from envs.market.dynamics import draw_noise
 from envs.market.history import Historical, fit_garch, load_closes
 from envs.models import make_model
 
@@ -38,6 +39,33 @@ def test_historical_windows():
     shorter = Historical(closes[start - 1 : start + 100], model.garch, closes[:start])
     torch.testing.assert_close(shorter.variances[:100], model.variances[:100], rtol=1e-12, atol=0)
     assert variance[0, 0] == model.variances[0]
+
+
+def test_bootstrapped_windows_are_those_of_the_closes_until_the_day():
+    """Each of them is drawn as often, whatever the number of rows, and none has a close after the day."""
+    model = make_model(PHASES["phase1"].args(dynamics="bootstrap", history_end="2010-12-31"))
+    _, closes = load_closes()
+    before = len(model.log_returns) + 1
+    assert str(model.dates[-1]) == "2010-12-31"
+    noise = draw_noise(30_000, 30, torch.Generator().manual_seed(1), F64)[..., None]
+    start = model.starts(noise)
+    assert start.min() == 0
+    assert start.max() == model.num_windows(30) - 1 == before - 31
+    counts = torch.bincount(start // 100).double()[:-1]
+    assert (counts - counts.mean()).abs().max() < 4.5 * counts.mean().sqrt()
+    spot, variance = model.simulate(noise[:50])
+    every = Historical(closes[:before], model.garch)
+    windows, variances = every.simulate(torch.zeros(every.num_windows(30), 30, 1, dtype=F64))
+    assert torch.equal(spot, windows[start[:50]])
+    assert torch.equal(variance, variances[start[:50]])
+
+
+def test_two_indices_are_shipped():
+    for name, first in ((None, 1228.10), ("nasdaq", 2208.05)):
+        dates, closes = load_closes(name)
+        assert len(closes) == 5031
+        assert closes[0] == pytest.approx(first, abs=0.01)
+        assert str(dates[-1]) == "2018-12-31"
 
 
 @pytest.mark.parametrize(
