@@ -1,11 +1,13 @@
 """What is particular to phase 1; what all phases share is in test_scripts.py."""
 
+import pytest
 import torch
 from common import PHASES
 
 import phase1_delta_hedge_ppo as phase1
 from envs.benchmark.contest import play
 from envs.market.dynamics import GBM
+from envs.run.errors import UsageError
 from envs.run.files import read_metrics
 
 
@@ -35,3 +37,15 @@ def test_agent_policy_is_what_training_acts_with():
     expected = torch.distributions.Normal(raw, agent.actor_logstd.exp()).log_prob(raw).sum(-1)
     torch.testing.assert_close(logprob, expected)
     assert play(env, agent.policy)["pnl"].shape == (16,)
+
+
+def test_trains_on_real_closes_and_is_evaluated_on_later_ones(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    phase = PHASES["phase1"]
+    phase1.main(phase.flags(iterations=4, num_evaluations=1, dynamics="bootstrap", history_end="2010-12-31"))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "beats min-variance Whalley–Wilmott, tuned" in capsys.readouterr().out
+    phase1.main(["--evaluate", str(folder), "--dynamics", "historical"])
+    assert "historical on cpu" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="was trained on closes of the S&P 500 until 2010-12-31"):
+        phase1.main(["--evaluate", str(folder), "--dynamics", "historical", "--history-end", "2009-12-31"])
