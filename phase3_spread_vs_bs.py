@@ -67,7 +67,7 @@ class Args(QuotingArgs, BatchedRunArgs):
 
     Where the answer is known exactly, without risk aversion and cost:
 
-      python phase3_spread_vs_bs.py --risk-aversion 0 --cost-rate 0 --gamma 0
+      python phase3_spread_vs_bs.py --risk-aversion 0 --cost-rate 0 --gamma 0 --min-std 0.05
     """
 
     exp_name: str = Path(__file__).stem
