@@ -298,13 +298,14 @@ class HedgingEnv(MarketEnv):
         """What a trader has seen of the market lately, from which the model can be guessed.
 
         "realised volatility" is the logarithm of the recent one, over the implied one. "leverage" is the slope of the
-        implied volatility on ln S. "hedged P&L" is the logarithm of the root mean square of what the book has earned
-        with Black–Scholes delta hedging, over what its gamma would earn if returns were normal with the implied
-        volatility: 0 in gbm. See `_set_recent`.
+        implied volatility on ln S, "volatility of volatility" the logarithm of how far it moves. "hedged P&L" is the
+        logarithm of the root mean square of what the book has earned with Black–Scholes delta hedging, over what its
+        gamma would earn if returns were normal with the implied volatility: 0 in gbm. See `_set_recent`.
         """
         return {
             "realised volatility": path(lambda env: env.realised_volatility),
             "leverage": path(lambda env: env.leverage),
+            "volatility of volatility": path(lambda env: env.vol_of_vol),
             "hedged P&L": path(lambda env: env.hedged_pnl),
         }
 
@@ -407,8 +408,11 @@ class HedgingEnv(MarketEnv):
         returns = self.spot.log().diff(dim=0)
         realised = at_start * implied_variance[0] + weights @ (returns.square() / dt)
         self.realised_volatility = 0.5 * torch.log(realised / implied_variance)
-        together = weights @ (returns * implied_variance.sqrt().diff(dim=0)) / dt
-        self.leverage = (together / realised).clamp(-5, 5)
+        moves = implied_variance.sqrt().diff(dim=0)
+        self.leverage = ((weights @ (returns * moves)) / (dt * realised)).clamp(-5, 5)
+        # Over the weight of what has happened: one day tells whether volatility moves at all
+        seen = (1.0 - at_start).clamp(min=1.0 - keep)
+        self.vol_of_vol = 0.5 * torch.log((weights @ moves.square()) / (dt * seen) + 1e-4)
         # What gamma earns in a step is ½Γ(ΔS² − S²σ²dt), of variance ½(ΓS²σ²dt)²
         from_gamma = 0.5 * (self.gamma * self.spot.square() * implied_variance * dt).square()[:-1]
         small = (1e-3 * self.book_scale) ** 2
@@ -418,8 +422,8 @@ class HedgingEnv(MarketEnv):
 
     def forget(self) -> None:
         """In a trader's view, puts what has been seen lately where it is when an episode starts, at all times."""
-        for recent in (self.realised_volatility, self.leverage, self.hedged_pnl):
-            recent.zero_()
+        for recent in (self.realised_volatility, self.leverage, self.vol_of_vol, self.hedged_pnl):
+            recent.copy_(recent[:1].clone().expand_as(recent))
         self._join_parts()
 
     def replay(self) -> tuple[Tensor, dict]:

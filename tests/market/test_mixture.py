@@ -1,5 +1,6 @@
 """Rows that each follow a model of their own, and what a trader sees of them."""
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_trader_sees_the_past_alone():
     env.set_market(spot, variance)
     seen.append(env.blocks[-1])
     assert torch.equal(seen[0][:11], seen[1][:11])
-    recent = slice(-3, None)  # the last three columns
+    recent = slice(-4, None)  # the last four columns
     assert ((seen[0] - seen[1])[11:, :, recent].abs() > 1e-6).all(-1).any()
 
 
@@ -122,17 +123,21 @@ def test_recent_measures_tell_the_models_apart():
     for name in ("gbm", "heston"):
         env = HedgingEnv(4000, MODELS[name], dtype=F64, trader_view=True)
         env.reset(seed=6)
-        at = {part: env.blocks[-1][:, :, i - 3] for i, part in enumerate(("realised", "leverage", "P&L"))}
-        assert all((x[0] == 0).all() for x in at.values())  # nothing has happened yet
+        parts = ("realised", "leverage", "vol of vol", "P&L")
+        at = {part: env.blocks[-1][:, :, i - 4] for i, part in enumerate(parts)}
+        at["vol of vol"] = at["vol of vol"] - math.log(0.01)  # the least
+        assert all((x[0].abs() < 1e-12).all() for x in at.values())  # nothing has happened yet
         seen[name] = {part: x[10] for part, x in at.items()}
     assert (seen["gbm"]["leverage"] == 0).all()
+    assert (seen["gbm"]["vol of vol"].abs() < 1e-12).all()
+    assert seen["heston"]["vol of vol"].min() > 1.0
     assert seen["heston"]["leverage"].mean() < -0.2
     # Squares are unbiased, their logarithms a little low
     assert seen["gbm"]["realised"].mul(2).exp().mean().item() == pytest.approx(1.0, abs=0.01)
     assert seen["gbm"]["P&L"].mean().abs() < 0.12
     assert seen["heston"]["P&L"].mean() > 0.4
     env.forget()
-    assert (env.blocks[-1][:, :, -3:] == 0).all()
+    assert (env.blocks[-1][:, :, -4:] == env.blocks[-1][:1, :, -4:]).all()
 
 
 def test_parameters_are_named(mixture):
