@@ -23,7 +23,7 @@ from envs.benchmark.quoting import quoting_benchmark, quoting_validation
 from envs.figures.quoting import quoting_report
 from envs.market.dynamics import Dynamics
 from envs.market.history import Historical
-from envs.market.quoting import BadQuote
+from envs.market.quoting import BadQuote, uncross
 from envs.market.units import TRADING_DAYS
 from envs.models import QuotingArgs, check_options, check_unseen, make_model
 from envs.networks import ActorCritic, Adam, clip_gradients, minibatches
@@ -246,11 +246,7 @@ class Agent(nn.Module):
         if self.apart:  # far from the money the fair value may lie 10 vol points off the reference price
             ask, bid = (added.clamp(-10, 10) for added in of_options)
             half_spread = self.half_spread * level.exp()
-            ask = half_spread + common[:, 1:2] + ask
-            bid = half_spread - common[:, 1:2] + bid
-            excess = 0.5 * (ask + bid).clamp(max=0)  # quotes that would cross meet in the middle
-            ask = ask - excess
-            bid = torch.maximum(bid - excess, -ask)
+            ask, bid = uncross(half_spread + common[:, 1:2] + ask, half_spread - common[:, 1:2] + bid)
         else:
             tilt, width = (x.clamp(-5, 5) for x in of_options)
             half_spreads = self.half_spread * (level + 0.5 * width).exp()

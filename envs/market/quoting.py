@@ -95,6 +95,13 @@ def rows_last(values: Tensor, rows: int = 0) -> Tensor:
     return values.movedim(rows, -1).contiguous()
 
 
+def uncross(ask: Tensor, bid: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges of asks and bids (…), those that cross (an ask below its bid) moved to the middle between them."""
+    excess = 0.5 * (ask + bid).clamp(max=0)
+    ask = ask - excess
+    return ask, torch.maximum(bid - excess, -ask)
+
+
 def moneyness_grid(moneyness: Sequence[float], expiries: Sequence[int], dt: float, spot: float = 100.0) -> list[Option]:
     """One option for every moneyness z and expiry: strike spot · exp(z · 0.2 · √T), the option out of the money.
 
@@ -664,9 +671,8 @@ class QuotingEnv(MarketEnv):
     def uncrossed(self, actions: Tensor) -> Tensor:
         """Actions (…, actions) with quotes that cross (an ask below its bid) moved to the middle between them."""
         action = self.by_name(actions)
-        excess = 0.5 * (action["ask"] + action["bid"]).clamp(max=0)
-        ask = action["ask"] - excess
-        return self.to_action(**{**action, "ask": ask, "bid": torch.maximum(action["bid"] - excess, -ask)})
+        ask, bid = uncross(action["ask"], action["bid"])
+        return self.to_action(**{**action, "ask": ask, "bid": bid})
 
     def vegas_at(self, state: QuotingState) -> Tensor:
         """Vegas (n, num_options) of the reference prices, currency per vol point, at least `MIN_VEGA`."""
@@ -790,8 +796,11 @@ class QuotingEnv(MarketEnv):
         (steps, n, num_makers, 2, num_options), currency. Their sum is the income less its part of the noise."""
         now = slice(0, self.t)
         edges, picked, *_ = self._trades_of(now)
-        earned = edges.mul_(self._table("vega", now)[:, :, None]).sub_(self._table("premium", now))
-        return picked.mul_(earned).mul_(self._table("intensity", now)[:, :, :, None]).movedim(-1, 1)
+        return picked.mul_(self._earned(edges, now)).mul_(self._table("intensity", now)[:, :, :, None]).movedim(-1, 1)
+
+    def _earned(self, edges: Tensor, now: slice) -> Tensor:
+        """What each fill at these edges (steps, num_makers, 2, num_options, n) earns, currency; in their place."""
+        return edges.mul_(self._table("vega", now)[:, :, None]).sub_(self._table("premium", now))
 
     def _trades_of(self, now: slice) -> Trades:
         """The trades of these steps, (steps, …)."""
@@ -812,7 +821,7 @@ class QuotingEnv(MarketEnv):
         book = (position, holding)
         if self.toxic_share > 0:
             book = (position - (fills[:, :, BID] - fills[:, :, ASK]), holding - traded)
-        earned = edges.mul_(self._table("vega", now)[:, :, None]).sub_(self._table("premium", now))  # by each fill
+        earned = self._earned(edges, now)
         income = fills.mul_(earned).sum((2, 3))
         expected_income = (picked.mul_(earned).sum(3) * self._table("intensity", now)).sum(2)
         move = self._table("spot", now, 1) - spot
